@@ -1,0 +1,380 @@
+"""The book's figures: one style, transparent, readable on a light and on a dark page.
+
+Every function draws with pyplot and returns the Figure or Axes; in a notebook, end the cell's
+last line with a semicolon, or the picture appears twice.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch.nn import functional as F
+
+from hcl.probe import overlap
+
+Array = np.ndarray
+Panel = tuple[str, torch.Tensor | Array, torch.Tensor | Array, Sequence[str]]
+Histogram = tuple[str, Array, Array, Array]
+Picture = torch.Tensor | Array
+
+# A contrast of at least 3 (WCAG 2.1, 1.4.11) against white and against #121212 leaves the middle
+# tones; text would need 4.5, which no one colour has against both: GREY, at 4.3, is the best.
+GREY = "#7A7A7A"
+PALETTE = (
+    "#3B82C4",  # blue
+    "#D2691E",  # orange
+    "#2E9E6B",  # green
+    "#B565B5",  # purple
+    "#A8871C",  # ochre
+    "#DA5A6A",  # rose
+    "#2A97A8",  # teal
+    "#7D6BD6",  # violet
+    "#9C6B4A",  # brown
+    "#6B8E23",  # olive
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "h")
+METHOD_LABELS = {"nt_xent": "SimCLR", "debiased": "Debiased", "hard": "HCL"}
+METHOD_COLOURS = {"nt_xent": PALETTE[0], "debiased": PALETTE[2], "hard": PALETTE[1]}
+FIXED = {METHOD_LABELS[method]: colour for method, colour in METHOD_COLOURS.items()} | {
+    "HCL β=1": PALETTE[1],
+    "raw input": GREY,
+    "untrained encoder": GREY,
+}
+AXIS_NAMES = {
+    "knn": "kNN accuracy",
+    "linear": "linear probe accuracy",
+    "temperature": "temperature $t$",
+    "beta": r"hardness $\beta$",
+    "tau_plus": r"class prior $\tau^+$",
+    "batch": "batch size",
+    "epoch": "epoch",
+}
+ACCURACIES = ("knn", "linear")  # shares of one, shown in percent
+PAIRS = ("same class", "different class")
+WIDTH = 7.0  # inches, the width of a page's text
+
+
+def use_style() -> None:
+    """Set the book's look for every figure that follows; call it once at the top of a notebook.
+
+    In a notebook, figures become SVG files (points and pictures in them as pixels), the same bytes
+    for the same figure.
+    """
+    sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE), rc=_rc())
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def curves(
+    df: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    style: str | None = None,
+    *,
+    log_x: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean of y over seeds against x, one line a level of hue, bars of one standard error.
+
+    df: one row a run (`hcl.compare.frame`).  A level with a single seed gets no bar.
+
+    Raises: ValueError for an empty frame, a missing column, or more levels than colours.
+    """
+    _need(df, [x, y, hue, *([style] if style else [])])
+    data, palette = _with_labels(df, hue)
+    ax = _axes((WIDTH * 0.8, 3.6)) if ax is None else ax
+    sns.lineplot(
+        data, x=x, y=y, hue=hue, hue_order=list(palette), palette=palette, ax=ax, linewidth=1.8,
+        style=style or hue, markers=_markers(data, style or hue), dashes=bool(style), markersize=7,
+        errorbar=("se", 1), err_style="bars", err_kws={"capsize": 3, "elinewidth": 1.2},
+    )  # fmt: skip
+    if log_x:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks := sorted(data[x].unique()), [f"{tick:g}" for tick in ticks])
+    if y in ACCURACIES:
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set(xlabel=AXIS_NAMES.get(x, x), ylabel=AXIS_NAMES.get(y, y))
+    _legend_above(ax)
+    return ax
+
+
+def differences(
+    table: pd.DataFrame,
+    *,
+    label: str,
+    metric: str,
+    baseline: str,
+    hue: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Paired differences to a baseline, one row a level of label, bars of one standard error.
+
+    table: columns label, hue, difference and se (`hcl.compare.paired`).  Accuracies are drawn in
+    percentage points.
+
+    Raises: ValueError for an empty table, a missing column, or more levels than colours.
+    """
+    _need(table, [label, "difference", "se", *([hue] if hue else [])])
+    rows = list(dict.fromkeys(table[label]))
+    ax = _axes((WIDTH * 0.8, 1.3 + 0.45 * len(rows))) if ax is None else ax
+    scale, unit = (100, " (points)") if metric in ACCURACIES else (1, "")
+    data, palette = _with_labels(table, hue or label)
+    for k, (level, colour) in enumerate(palette.items()):
+        part = data[data[hue or label] == level]
+        names = table.loc[part.index, label]
+        shift = 0.18 * (k - (len(palette) - 1) / 2) if hue else 0.0  # levels beside each other
+        ax.errorbar(
+            scale * part["difference"], [rows.index(name) + shift for name in names],
+            xerr=scale * part["se"], fmt=MARKERS[k] if hue else "o", color=colour, capsize=3,
+            markersize=7, label=str(level),
+        )  # fmt: skip
+    ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
+    ax.set_yticks(range(len(rows)), [_name(row) for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set(xlabel=f"{AXIS_NAMES.get(metric, metric)} minus {baseline}'s{unit}")
+    ax.set_ylabel("" if label in ("label", "method") else AXIS_NAMES.get(label, label))
+    if hue:
+        _legend_above(ax, title=AXIS_NAMES.get(hue, hue))
+    return ax
+
+
+def embeddings(
+    panels: Sequence[Panel], *, seed: int = 0, neighbours: int = 15, min_dist: float = 0.1
+) -> Figure:
+    """UMAP of each (title, z, labels, class_names), side by side, coloured by class.
+
+    z: (n, d), compared by cosine; labels: (n,) int; class_names[label] is shown while there are
+    no more than ten.  The seed fixes the picture.  The first call of a process compiles UMAP
+    (tens of seconds).  Source: McInnes et al. 2018; axes have no unit.
+
+    Raises: ValueError for no panel, lengths that differ, NaN, or fewer than four points.
+    """
+    if not panels:
+        raise ValueError("panels is empty: one (title, z, labels, class_names) at least would do")
+    width = min(WIDTH, 3.4 * len(panels))
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(width, width / len(panels) + 0.7), squeeze=False
+    )
+    for ax, (title, z, labels, names) in zip(axes[0], panels, strict=True):
+        where, classes = _umap(title, z, labels, seed, neighbours, min_dist), np.asarray(labels)
+        colours = _class_colours(len(names))
+        for c in np.unique(classes):
+            ax.scatter(
+                *where[classes == c].T, s=max(2.0, min(14.0, 6000 / len(where))), color=colours[c],
+                linewidths=0, rasterized=True, label=names[c],
+            )  # fmt: skip
+        ax.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    if max(len(names) for *_, names in panels) <= len(PALETTE):
+        handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+        for ax in axes[0][1:]:
+            handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        fig.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=5, markerscale=2,
+            handletextpad=0.2, columnspacing=1.2,
+        )  # fmt: skip
+    return fig
+
+
+def histograms(panels: Sequence[Histogram]) -> Figure:
+    """Cosine similarities of same-class and different-class pairs, each panel with its overlap.
+
+    panels: (title, edges, same, different) with the last three from
+    `hcl.probe.similarity_histograms`.  All panels share their axes.
+
+    Raises: ValueError for no panel, or lengths that do not fit.
+    """
+    if not panels:
+        raise ValueError("panels is empty: one (title, edges, same, different) at least would do")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH if columns > 1 else WIDTH * 0.6, 2.1 * rows + 0.6),
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for ax, (title, edges, same, different) in zip(axes.flat, panels, strict=False):
+        share = overlap(same, different, edges)
+        for density, colour, name in zip((same, different), PALETTE, PAIRS, strict=False):
+            ax.stairs(density, edges, fill=True, color=colour, alpha=0.35)
+            ax.stairs(density, edges, color=colour, linewidth=1.4, label=name)
+        ax.set_title(f"{title}\noverlap {share:.2f}")
+        ax.set(xlim=(-1, 1), xlabel="cosine similarity")
+        ax.label_outer()
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("density")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+def image_grid(
+    rows: Sequence[Sequence[Picture]],
+    *,
+    row_titles: Sequence[str] | None = None,
+    column_titles: Sequence[str] | None = None,
+    borders: Sequence[Sequence[str | None]] | None = None,
+) -> Figure:
+    """Pictures in rows, each (C, H, W) tensor or (H, W, C) array; uint8, or float in [0, 1].
+
+    borders: a colour or None for each picture, for instance around the false negatives.
+
+    Raises: ValueError for no picture, a picture of another form, or titles or borders that do not
+    fit the rows.
+    """
+    n_columns = max(map(len, rows), default=0)
+    if not n_columns:
+        raise ValueError("rows is empty: one row of one picture at least would do")
+    _as_many("row_titles", row_titles, len(rows))
+    _as_many("column_titles", column_titles, n_columns)
+    _as_many("borders", borders, len(rows))
+    side = min(1.1, WIDTH / n_columns)
+    fig, axes = plt.subplots(
+        len(rows), n_columns, figsize=(side * n_columns, side * len(rows) + 0.3), squeeze=False
+    )
+    for i, row in enumerate(rows):
+        _as_many(f"borders[{i}]", borders[i] if borders else None, len(row))
+        for j, ax in enumerate(axes[i]):
+            if j < len(row):
+                ax.imshow(_picture(row[j]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            _frame(ax, borders[i][j] if borders and j < len(row) else None)
+    for ax, title in zip(axes[0], column_titles or (), strict=False):
+        ax.set_title(title, fontsize=9)
+    for ax, title in zip(axes[:, 0], row_titles or (), strict=False):
+        ax.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    return fig
+
+
+def _rc() -> dict[str, Any]:
+    grey = (
+        "text.color",
+        "axes.labelcolor",
+        "axes.edgecolor",
+        "axes.titlecolor",
+        "legend.labelcolor",
+    )
+    ticks = {f"{axis}tick.{part}": GREY for axis in "xy" for part in ("color", "labelcolor")}
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "savefig.edgecolor")
+    small = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
+    return {
+        **dict.fromkeys(grey, GREY),
+        **ticks,
+        **dict.fromkeys(clear, "none"),
+        **dict.fromkeys(small, 9.5),
+        "axes.titlesize": 10.5,
+        "axes.labelsize": 10.5,
+        "axes.linewidth": 1.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "figure.dpi": 160,  # of what is rasterised; an SVG's size is in inches
+        "savefig.dpi": 160,
+        "svg.hashsalt": "hcl",  # the same figure, the same bytes
+        "figure.constrained_layout.use": True,
+    }
+
+
+def _axes(size: tuple[float, float]) -> Axes:
+    return plt.subplots(figsize=size)[1]
+
+
+def _need(df: pd.DataFrame, columns: Sequence[str]) -> None:
+    if missing := [column for column in columns if column not in df.columns]:
+        there = ", ".join(map(str, df.columns))
+        raise ValueError(f"column {missing[0]!r} is not in the frame, which has: {there}")
+    if df.empty:
+        raise ValueError("the frame has no rows: are the runs recorded?")
+
+
+def _as_many(name: str, values: Sequence[Any] | None, n: int) -> None:
+    if values is not None and len(values) != n:
+        raise ValueError(f"{name} has {len(values)} entries: {n} would do")
+
+
+def _name(level: Hashable) -> str:
+    """What a legend calls a level: a method's own name, a number without trailing zeros."""
+    number = isinstance(level, float | np.floating)
+    return f"{level:g}" if number else METHOD_LABELS.get(str(level), str(level))
+
+
+def _with_labels(df: pd.DataFrame, hue: str) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The frame with hue as names, and each name's colour in order (numbers sorted)."""
+    levels = list(dict.fromkeys(df[hue]))
+    if pd.api.types.is_numeric_dtype(df[hue]):
+        levels.sort()
+    names = [_name(level) for level in levels]
+    if len(names) > len(PALETTE):
+        raise ValueError(f"{hue} has {len(names)} levels: at most {len(PALETTE)} have a colour")
+    taken = {FIXED[name] for name in names if name in FIXED}
+    free = iter([colour for colour in PALETTE if colour not in taken])
+    return df.assign(**{hue: df[hue].map(_name)}), {n: FIXED.get(n) or next(free) for n in names}
+
+
+def _markers(data: pd.DataFrame, style: str) -> dict[Hashable, str]:
+    return dict(zip(dict.fromkeys(data[style]), MARKERS, strict=False))
+
+
+def _legend_above(ax: Axes, title: str = "") -> None:
+    handles, names = ax.get_legend_handles_labels()
+    ax.legend(
+        handles, names, title=title or None, loc="lower left", bbox_to_anchor=(0, 1.0),
+        ncols=min(4, len(names)), columnspacing=1.4, handlelength=1.8,
+    )  # fmt: skip
+
+
+def _class_colours(n: int) -> list[Any]:
+    return list(PALETTE) if n <= len(PALETTE) else sns.husl_palette(n, l=0.55)
+
+
+def _umap(title: str, z: Any, labels: Any, seed: int, neighbours: int, min_dist: float) -> Array:
+    points = torch.as_tensor(z).float().cpu()
+    if len(points) != len(labels):
+        raise ValueError(
+            f"{title!r} has {len(points)} points and {len(labels)} labels: as many of both would do"
+        )
+    if len(points) < 4:
+        raise ValueError(f"{title!r} has {len(points)} points: UMAP needs four")
+    if not points.isfinite().all():
+        raise ValueError(f"{title!r} has NaN or infinite entries: did training diverge?")
+    from umap import UMAP  # slow to import: only who draws one waits
+
+    reducer = UMAP(
+        n_neighbors=min(neighbours, len(points) - 1), min_dist=min_dist, metric="cosine",
+        random_state=seed, n_jobs=1,
+        init="spectral" if len(points) > 10 else "random",
+    )  # fmt: skip
+    return np.asarray(reducer.fit_transform(F.normalize(points, dim=1).numpy()))
+
+
+def _picture(picture: Picture) -> Array:
+    """Any picture as float (H, W, 3) or (H, W) in [0, 1]."""
+    tensor = torch.as_tensor(picture).detach().cpu()
+    if tensor.ndim == 3 and isinstance(picture, torch.Tensor):
+        tensor = tensor.permute(1, 2, 0)
+    if not (tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[2] in (1, 3))):
+        shape = tuple(torch.as_tensor(picture).shape)
+        raise ValueError(
+            f"a picture has shape {shape}: (C, H, W) tensor or (H, W, C) array would do"
+        )
+    tensor = tensor / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    if not ((tensor >= 0) & (tensor <= 1)).all():
+        raise ValueError("a picture has floats outside [0, 1]: undo its normalisation first")
+    return tensor.squeeze(-1).numpy() if tensor.shape[-1] == 1 else tensor.numpy()
+
+
+def _frame(ax: Axes, colour: str | None) -> None:
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set(visible=colour is not None, color=colour or "none", linewidth=3)

@@ -1,0 +1,62 @@
+"""Where a result comes from: commit, code, versions, device, date."""
+
+import hashlib
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hcl import project_root
+
+SCIENCE = (
+    "losses",
+    "sphere",
+    "imagesets",
+    "views",
+    "vision",
+    "train",
+    "probe",
+)  # what a result depends on
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and with what a Record is being made."""
+    packages = ("torchvision", "numpy", "scikit-learn")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": _git("status", "--porcelain", "--", "hcl") == "",
+        "code": code_fingerprint(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def code_fingerprint() -> str:
+    """Twelve hexadecimal digits of the SHA-256 of the modules that a result depends on."""
+    here = Path(__file__).parent
+    sources = [here / f"{name}.py" for name in SCIENCE]
+    text = b"\0".join(path.read_bytes() for path in sources if path.exists())
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+@cache
+def _git(*words: str) -> str | None:
+    done = subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"CPU, {names[0] if names else platform.processor() or platform.machine()}"

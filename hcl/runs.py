@@ -1,0 +1,304 @@
+"""A Run is one frozen configuration; a Record is what training it produced; the store keeps them.
+
+One JSON file a run, ``data/runs/<study>/<digest>.json``, written whole or not at all. ``get`` hands
+out the Record of a Run and trains it first if it has to, so a notebook is a view of the store.
+The study called ``quick`` is a cache: a Record there that other code or another torch made is made
+again. Records of every other study are kept as they were recorded.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hcl import project_root
+from hcl.atomic import whole_or_nothing
+from hcl.losses import METHODS, ContrastiveLoss
+from hcl.provenance import code_fingerprint
+
+CACHE_STUDY = "quick"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that decides a training run; an impossible value is refused here.
+
+    A loss parameter that the method does not have is set to 0 (``nt_xent`` has neither beta nor
+    tau_plus, ``debiased`` no beta), so equal runs have equal digests.
+
+    Args:
+        study: folder of the store, lower case letters, digits and dashes.
+        data, data_args: name of the data and its loader's options.
+        encoder: a name the data offers; "raw" (with epochs=0) measures the input itself.
+        method, temperature, beta, tau_plus, detach_weights: see :mod:`hcl.losses`.
+        anneal: "none", "paper" or "released", see :func:`hcl.losses.anneal_beta`.
+        epochs: 0 measures the untrained encoder. batch: anchors' images a step, 2 * batch views.
+        lr, weight_decay, schedule: Adam's, the learning rate "constant" or "cosine".
+        hidden_dim, out_dim: width of the projection head's two layers.
+        precision: "float32", or "bfloat16" for autocast.
+        probe: "fast" or "released", see :mod:`hcl.probe`.
+        eval_every: kNN accuracy every so many epochs; 0 for the end alone.
+        seed: initialisation, batches, views, and the data where they are drawn.
+
+    Raises: ValueError naming the field, its value and what would do.
+
+    >>> Run(data="sphere", encoder="mlp", method="hard", beta=1, epochs=1).beta
+    1.0
+    """
+
+    study: str = CACHE_STUDY
+    data: str
+    data_args: Mapping[str, int | float | str] = field(default_factory=dict)
+    encoder: str
+    method: str = "hard"
+    temperature: float = 0.5
+    beta: float = 1.0
+    tau_plus: float = 0.1
+    detach_weights: bool = False
+    anneal: str = "none"
+    epochs: int
+    batch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-6
+    schedule: str = "constant"
+    hidden_dim: int = 512
+    out_dim: int = 128
+    precision: str = "float32"
+    probe: str = "fast"
+    eval_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.study):
+            raise ValueError(f"study={self.study!r}: lower case letters, digits and dashes only")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}"
+                )
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: must be positive (the papers use 0.001)")
+        if self.encoder == "raw" and self.epochs > 0:
+            raise ValueError(f"epochs={self.epochs}: encoder 'raw' has nothing to train, use 0")
+        ContrastiveLoss(self.method, **self.loss_args())  # refuses what the loss would refuse
+        for name, methods in (("beta", ("hard",)), ("tau_plus", ("hard", "debiased"))):
+            if self.method not in methods:
+                object.__setattr__(self, name, 0.0)
+
+    def loss_args(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`hcl.losses.ContrastiveLoss`."""
+        return {k: getattr(self, k) for k in ("temperature", "beta", "tau_plus", "detach_weights")}
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of every field but the study."""
+        return _sha({k: v for k, v in asdict(self).items() if k != "study"})[:12]
+
+
+_CHOICES = {
+    "method": METHODS,
+    "anneal": ("none", "paper", "released"),
+    "schedule": ("constant", "cosine"),
+    "precision": ("float32", "bfloat16"),
+    "probe": ("fast", "released"),
+}
+_LEAST = {
+    "epochs": 0, "batch": 2, "weight_decay": 0, "hidden_dim": 1, "out_dim": 1, "eval_every": 0,
+    "seed": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a Run produced.
+
+    Args:
+        run: the configuration.
+        metrics: final values; accuracies in [0, 1].
+        history: one row per evaluated epoch (epoch, loss, knn).
+        cost: seconds of training, images_per_second, peak_memory_bytes of the process or GPU.
+        provenance: commit, clean tree or not, versions, device, threads, date, code fingerprint.
+    """
+
+    run: Run
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    cost: dict[str, float]
+    provenance: dict[str, Any]
+    path: Path | None = field(default=None, compare=False)
+
+    def embeddings(self) -> tuple[np.ndarray, np.ndarray]:
+        """Kept test embeddings: z (m, d) float32 of unit rows, and labels (m,) int64.
+
+        Raises: FileNotFoundError: none were kept with this Record.
+        """
+        kept = self.path.with_suffix(".npz") if self.path else None
+        if kept is None or not kept.exists():
+            raise FileNotFoundError(
+                f"Record {self.run.digest} keeps no embeddings: get(run, embeddings=1000) does"
+            )
+        with np.load(kept) as arrays:
+            return arrays["z"].astype(np.float32), arrays["labels"].astype(np.int64)
+
+
+class RecordError(ValueError):
+    """A Record's file that cannot be trusted: truncated, edited, or of an unknown layout."""
+
+
+class MissingRecord(LookupError):
+    """The store has no Record of a Run; the message says which command makes it."""
+
+
+def store_root() -> Path:
+    """Folder of the recorded runs: $HCL_RUNS, or data/runs of the project."""
+    return Path(os.environ.get("HCL_RUNS") or project_root() / "data" / "runs")
+
+
+def path_of(run: Run, *, store: Path | None = None) -> Path:
+    """The file of a Run's Record, whether it exists or not."""
+    return (store or store_root()) / run.study / f"{run.digest}.json"
+
+
+def get(
+    run: Run,
+    *,
+    store: Path | None = None,
+    missing: Literal["train", "refuse"] = "train",
+    embeddings: int = 0,
+    progress: bool = True,
+    device: str | None = None,
+) -> Record:
+    """The Record of a Run, from the store if it is there, else trained now and stored.
+
+    Args: embeddings: keep those of so many test points beside the Record (retrains a Record
+    without); missing: "refuse" raises instead of training.
+
+    Raises: MissingRecord: not recorded and ``missing="refuse"``; RecordError: a recorded file is
+    damaged (never overwritten, except in the cache study).
+    """
+    record = _usable(run, path_of(run, store=store))
+    if record and (not embeddings or path_of(run, store=store).with_suffix(".npz").exists()):
+        return record
+    if missing == "refuse":
+        raise MissingRecord(
+            f"no Record of {run}: `hcl sweep book/profiles/{run.study}.yml` trains its study"
+        )
+    from hcl.train import train  # heavy, and train itself stores its Records here
+
+    return train(run, store=store, embeddings=embeddings, progress=progress, device=device)
+
+
+def _usable(run: Run, path: Path) -> Record | None:
+    """The stored Record, or None where it has to be made (again)."""
+    if not path.exists():
+        return None
+    if run.study != CACHE_STUDY:
+        return read(path)
+    try:
+        record = read(path)
+    except RecordError:
+        return None
+    same = all(
+        record.provenance.get(k) == v
+        for k, v in (("code", code_fingerprint()), ("torch", str(torch.__version__)))
+    )
+    return record if same else None
+
+
+def save(
+    record: Record, *, store: Path | None = None, arrays: Mapping[str, Any] | None = None
+) -> Record:
+    """Write a Record (and its arrays) whole or not at all; hands back the Record with its path.
+
+    Raises: OSError: the disk is full or not writable; what was recorded before is untouched.
+    """
+    path = path_of(record.run, store=store)
+    body = _body(record)
+    text = json.dumps({**body, "checksum": _sha(body)}, indent=1, allow_nan=False) + "\n"
+    if arrays:
+        with whole_or_nothing(path.with_suffix(".npz")) as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    with whole_or_nothing(path) as part:
+        part.write_text(text)
+    return Record(**{**vars(record), "path": path})
+
+
+def read(path: Path) -> Record:
+    """A Record from its file.
+
+    Raises: RecordError: truncated, edited by hand (its checksum disagrees), or misplaced.
+    """
+    remedy = "restore it from git, or delete it and train the run again"
+    try:
+        body = json.loads(path.read_text())
+        checksum = body.pop("checksum")
+        run = Run(**body["run"])
+        record = Record(**{**body, "run": run, "path": path})
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} is truncated or no JSON ({error}): {remedy}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{path} is no Record of this version ({error!r}): {remedy}") from error
+    if checksum != _sha(body):
+        raise RecordError(f"{path} was changed after it was recorded (checksum): {remedy}")
+    if path.stem != run.digest:
+        raise RecordError(f"{path} holds the Record of run {run.digest}: {remedy}")
+    return record
+
+
+def records(study: str | None = None, *, store: Path | None = None) -> list[Record]:
+    """Every Record of a study, or of all, oldest first. Raises RecordError on a damaged one."""
+    found = [read(path) for path in _files(study, store)]
+    return sorted(found, key=lambda r: r.provenance["date"])
+
+
+def verify(*, store: Path | None = None) -> list[str]:
+    """What is wrong with the store, a line each; empty when every Record can be trusted."""
+    problems = []
+    for path in _files(None, store):
+        try:
+            read(path)
+        except RecordError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _files(study: str | None, store: Path | None) -> list[Path]:
+    return sorted((store or store_root()).glob(f"{study or '*'}/*.json"))
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as its field's type; an int will do for a float, nothing else is converted."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind in (str, int, float, bool):
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            raise ValueError(
+                f"{name}={value!r}: must be a {'finite ' * (kind is float)}{kind.__name__}"
+            )
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r}: must be a mapping of the loader's options")
+    return dict(value)
+
+
+def _body(record: Record) -> dict[str, Any]:
+    return {
+        k: asdict(v) if isinstance(v, Run) else v for k, v in vars(record).items() if k != "path"
+    }
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

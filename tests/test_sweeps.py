@@ -1,0 +1,83 @@
+"""Grids expand to Runs in order; a study is recorded once, by one process or several."""
+
+import pytest
+
+from hcl import runs, sweeps
+from hcl.sweeps import expand, load_study, record
+
+BASE = {"data": "sphere", "encoder": "mlp", "epochs": 2}
+STUDY = """
+study: latent
+about: a test
+base:
+  data: sphere
+  data_args: {n_train: 200, n_test: 100, coarse: 4, fine: 2}
+  encoder: mlp
+  epochs: 1
+  batch: 64
+  hidden_dim: 16
+  out_dim: 8
+grid:
+  - {method: nt_xent, seed: [0, 1]}
+  - {method: hard, beta: [0.5, 1], seed: 0}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "latent.yml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_a_grid_is_a_product_in_order_without_repetition():
+    grid = [{"method": "hard", "beta": [0.5, 1], "seed": [0, 1]}, {"method": "hard", "beta": 0.5}]
+    made = expand(BASE, grid)
+    assert [(r.beta, r.seed) for r in made] == [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
+
+
+def test_hardness_does_not_multiply_methods_without_it():
+    made = expand(BASE, [{"method": ["nt_xent", "hard"], "beta": [0.5, 1.0]}])
+    assert [r.method for r in made] == ["nt_xent", "hard", "hard"]
+
+
+def test_bad_grids_name_what_is_wrong(study):
+    with pytest.raises(ValueError, match="betta"):
+        expand(BASE, [{"betta": 1.0}])
+    with pytest.raises(ValueError, match="needs more"):
+        expand({"data": "sphere"}, [{"seed": 0}])
+    study.write_text(STUDY.replace("grid:", "gird:"))
+    with pytest.raises(ValueError, match=r"latent.yml: .*study, base and grid"):
+        load_study(study)
+    study.write_text(STUDY.replace("beta: [0.5, 1]", "beta: [-1]"))
+    with pytest.raises(ValueError, match=r"latent.yml: beta=-1"):
+        load_study(study)
+
+
+def test_a_study_is_recorded_once(study, monkeypatch):
+    wanted = load_study(study)
+    first = record(wanted, progress=False)
+    assert [r.run for r in first] == wanted
+    monkeypatch.setattr("hcl.train.train", None)  # a second time nothing is trained
+    assert record(wanted, progress=False) == first
+    assert runs.verify() == []
+
+
+def test_two_processes_record_what_one_does(study, tmp_path):
+    wanted = load_study(study)
+    one = record(wanted, store=tmp_path / "one", progress=False)
+    two = record(wanted, store=tmp_path / "two", workers=2, progress=False)
+    assert [r.run for r in two] == wanted
+    assert [r.metrics for r in two] == [r.metrics for r in one]
+
+
+def test_a_spent_budget_starts_nothing_more(study):
+    assert record(load_study(study), budget_s=0.0, progress=False) == []
+    assert record(load_study(study), budget_s=0.0, workers=2, progress=False) == []
+
+
+def test_an_error_in_a_worker_reaches_the_caller(tiny):
+    with pytest.raises(ValueError, match="batch=500"):
+        record([tiny(batch=500), tiny()], workers=2, progress=False)
+    with pytest.raises(ValueError, match="workers=0"):
+        sweeps.record([], workers=0)
