@@ -17,7 +17,7 @@ book: .venv/installed  ## execute every notebook in its quick form, then render 
 	$(BIN)/hcl book --workers $(WORKERS)
 
 test: .venv/installed  ## the whole suite, and the linters
-	$(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

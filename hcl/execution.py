@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+# Quiet, because a kernel that is stopped on purpose complains, and the client raises real errors.
+LAUNCHER = "-Xfrozen_modules=off -m ipykernel_launcher -f {connection_file} --log-level=50"
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _execute(job: Job, root: Path, live: bool) -> float:
 
 
 def _socket() -> dict[str, str]:
-    """Kernels talk over files (ipykernel warns about TCP), whose names are not unique by default."""
+    """Kernels talk over files (ipykernel warns about TCP), by default of the same name for all."""
     return {"transport": "ipc", "ip": f"{os.environ['JUPYTER_RUNTIME_DIR']}/{os.getpid()}"}
 
 
@@ -145,6 +149,7 @@ def _pool(workers: int, *, quiet: bool) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent terminates us
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -161,17 +166,12 @@ def _kernel_home() -> Iterator[dict[str, str]]:
     Start-up files and history of the user's IPython are left out. The folder lies in /tmp because
     the path of a socket may have no more than about 100 characters.
     """
-    with tempfile.TemporaryDirectory(
-        prefix="hcl-", dir="/tmp" if os.name == "posix" else None
-    ) as home:
+    short = "/tmp" if os.access("/tmp", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="hcl-", dir=short) as home:
         spec = Path(home, "kernels", "python3")
         spec.mkdir(parents=True)
-        launcher = ["-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        kernel = {
-            "argv": [sys.executable, *launcher],
-            "display_name": "Python 3",
-            "language": "python",
-        }
+        argv = [sys.executable, *LAUNCHER.split()]
+        kernel = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (spec / "kernel.json").write_text(json.dumps(kernel))
         yield {
             "JUPYTER_PATH": home,

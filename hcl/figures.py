@@ -169,7 +169,8 @@ def embeddings(
         1, len(panels), figsize=(width, width / len(panels) + 0.7), squeeze=False
     )
     for ax, (title, z, labels, names) in zip(axes[0], panels, strict=True):
-        where, classes = _umap(title, z, labels, seed, neighbours, min_dist), np.asarray(labels)
+        classes = np.asarray(labels)
+        where = _umap(title, z, classes, names, seed, neighbours, min_dist)
         colours = _class_colours(len(names))
         for c in np.unique(classes):
             ax.scatter(
@@ -338,20 +339,25 @@ def _class_colours(n: int) -> list[Any]:
     return list(PALETTE) if n <= len(PALETTE) else sns.husl_palette(n, l=0.55)
 
 
-def _umap(title: str, z: Any, labels: Any, seed: int, neighbours: int, min_dist: float) -> Array:
+def _umap(
+    title: str, z: Any, labels: Array, names: Sequence[str], seed: int, neighbours: int, dist: float
+) -> Array:
     points = torch.as_tensor(z).float().cpu()
-    if len(points) != len(labels):
+    if len(points) != len(labels) or len(points) < 4:
         raise ValueError(
-            f"{title!r} has {len(points)} points and {len(labels)} labels: as many of both would do"
+            f"{title!r} has {len(points)} points and {len(labels)} labels: as many of both would "
+            "do, and UMAP needs four"
         )
-    if len(points) < 4:
-        raise ValueError(f"{title!r} has {len(points)} points: UMAP needs four")
     if not points.isfinite().all():
         raise ValueError(f"{title!r} has NaN or infinite entries: did training diverge?")
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(
+            f"{title!r} names {len(names)} classes, its labels are {labels.min()} to {labels.max()}"
+        )
     from umap import UMAP  # slow to import: only who draws one waits
 
     reducer = UMAP(
-        n_neighbors=min(neighbours, len(points) - 1), min_dist=min_dist, metric="cosine",
+        n_neighbors=min(neighbours, len(points) - 1), min_dist=dist, metric="cosine",
         random_state=seed, n_jobs=1,
         init="spectral" if len(points) > 10 else "random",
     )  # fmt: skip

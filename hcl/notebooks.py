@@ -135,21 +135,22 @@ def profile(root: Path, name: str) -> dict[str, dict[str, Any]]:
     if not path.exists():
         if name == "quick":
             return {}
-        names = sorted({"quick", *(p.stem for p in folder.glob("*.yml"))})
+        found = {p.stem: load_yaml(p.read_text(), str(p)) or {} for p in folder.glob("*.yml")}
+        names = sorted({"quick", *(k for k, body in found.items() if "study" not in body)})
         raise ValueError(f"profile={name!r}: choose one of {', '.join(names)}")
     body = load_yaml(path.read_text(), str(path)) or {}
     if not isinstance(body, dict) or not all(isinstance(v, dict) for v in body.values()):
         raise ValueError(f"{path}: must map notebooks to parameters")
-    found = {}
+    entries = {}
     for key, given in body.items():
         source = root / "book" / f"{key.removesuffix('.ipynb')}.ipynb"
         if not source.is_file():
             raise ValueError(f"{path}: there is no notebook book/{key}")
         try:
-            found[source.relative_to(root / "book").as_posix()] = checked(source, given)
+            entries[source.relative_to(root / "book").as_posix()] = checked(source, given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return found
+    return entries
 
 
 def load_yaml(text: str, name: str) -> Any:

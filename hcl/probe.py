@@ -160,8 +160,8 @@ def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> float:
     z1, z2: (n, d), normalised inside.  Source: Wang & Isola 2020, equation of $L_{align}$.
     Raises: ValueError for shapes that differ, no rows, NaN, or alpha <= 0.
 
-    >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]]))
-    2.0
+    >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[-5.0, 0.0]]))
+    4.0
     """
     _check_finite(z1=z1, z2=z2)
     if z1.shape != z2.shape:

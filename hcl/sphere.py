@@ -72,7 +72,7 @@ class LatentClasses:
         return self.y_test // self.fine
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Render rows with the nuisance they were observed under: (m, 32 + nuisances) to (m, 128)."""
+        """Render rows under their own nuisance: (m, 32 + nuisances) to (m, 128)."""
         u, c = x[:, :LATENT_DIM], x[:, LATENT_DIM:]
         first, second = self.layers
         return torch.tanh(torch.tanh((u + c @ self.directions) @ first) @ second)

@@ -9,7 +9,9 @@ What differs from torchvision's transforms of one image:
 - the order of the colour steps is fixed: brightness, contrast, saturation, hue, greyscale
   (torchvision shuffles the first four); values are clamped to [0, 1] once, after the last;
 - contrast pulls towards the mean grey of the unclamped crop;
-- hue turns the chroma plane of YIQ and keeps luma; torchvision turns HSV and keeps value;
+- hue turns RGB about its grey axis and keeps the mean of the channels, so that it is linear;
+  torchvision turns HSV and keeps the largest and the smallest channel (a turn in the chroma plane
+  of YIQ, the other usual choice, lies farther from it);
 - resizing is bilinear; where it shrinks, by averaging a finer bilinear grid rather than by PIL's
   antialiased triangle. Pixels at the edge of a crop still see the neighbour outside it;
 - nothing is rounded to 8 bits between the steps; blur reflects at the border, as OpenCV's does.
@@ -155,50 +157,51 @@ def resample(
     return avg_pool2d(x, finer) if finer > 1 else x
 
 
-def colour_factors(u: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Brightness, contrast, chroma and hue (radians), each (B,), from uniform draws (6, B)."""
+def colour_factors(u: Tensor, augmentation: Augmentation) -> tuple[Tensor, ...]:
+    """Brightness, contrast, saturation, hue (radians), colour (0 = grey): (B,) each; u: (6, B)."""
     span = 2 * u[:4] - 1
     jittered = u[4] < augmentation.jitter
     strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation)
-    factors = [
+    brightness, contrast, saturation = (
         torch.where(jittered, 1 + a * s, 1.0) for a, s in zip(strengths, span[:3], strict=True)
-    ]
+    )
     hue = torch.where(jittered, 2 * math.pi * augmentation.hue * span[3], 0.0)
-    chroma = torch.where(u[5] < augmentation.gray, 0.0, factors[2])  # a grey image has none
-    return factors[0], factors[1], chroma, hue
+    return brightness, contrast, saturation, hue, (u[5] >= augmentation.gray).float()
 
 
 def recolour(
-    x: Tensor, brightness: Tensor, contrast: Tensor, chroma: Tensor, hue: Tensor
+    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor, colour: Tensor
 ) -> Tensor:
     r"""Apply one affine colour map per image; the factors are (B,), x is (B, C, H, W).
 
-    With luma projector $P = 1 w^\top$, brightness $b$, contrast $c$, chroma $a$ (saturation, or 0
-    for grey), hue $\theta$ and the chroma plane's identity $A = I - P$ and quarter turn $J$,
+    With brightness $b$, contrast $c$, saturation $s$, hue $\theta$, colour $k$ and luma $w$,
 
-    $$ x \mapsto bc\,\big(P + a\cos\theta\,A + a\sin\theta\,J\big)x + (1-c)\,b\,w^\top\bar x. $$
+    $$ x \mapsto bc\,S_k R_\theta S_s\,x + (1-c)\,b\,w^\top\bar x, \qquad
+       S_a = a I + (1-a)\,1 w^\top, $$
 
-    The steps are one matrix because hue, saturation and greyscale all keep luma. One channel has
-    luma only, so only brightness and contrast act on it.
+    where $R_\theta$ turns about the grey axis (1, 1, 1). One channel has luma only, so only
+    brightness and contrast act on it.
     """
-    gain, basis = brightness * contrast, _chroma_basis(x.device)
-    means = x.mean((1, 2, 3)) if x.shape[1] == 1 else x.mean((2, 3)) @ basis[0, 0]  # (B,)
+    gain, fixed = brightness * contrast, _colour_matrices(x.device)
+    luma = fixed[0, 0]
+    means = x.mean((1, 2, 3)) if x.shape[1] == 1 else x.mean((2, 3)) @ luma  # (B,)
     offset = (brightness * (1 - contrast) * means)[:, None, None]
     if x.shape[1] == 1:
         return torch.addcmul(offset[..., None], x, gain[:, None, None, None])
-    plane = torch.stack([torch.ones_like(chroma), chroma * hue.cos(), chroma * hue.sin()])
-    matrix = torch.tensordot(gain * plane, basis, dims=([0], [0]))  # (B, 3, 3)
+    saturate = torch.lerp(fixed[0], fixed[1], saturation[:, None, None])  # (B, 3, 3)
+    desaturate = torch.lerp(fixed[0], fixed[1], colour[:, None, None])
+    turn = torch.stack([torch.ones_like(hue), hue.cos(), hue.sin()], 1)  # (B, 3)
+    turn = torch.tensordot(turn, fixed[2:], dims=([1], [0]))  # (B, 3, 3)
+    matrix = gain[:, None, None] * (desaturate @ turn @ saturate)
     return torch.baddbmm(offset, matrix, x.flatten(2)).view_as(x)
 
 
 @cache
-def _chroma_basis(device: torch.device) -> Tensor:
-    """P, A and J of `recolour`, (3, 3, 3)."""
-    to_yiq = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
-    quarter = torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-    project = torch.tensor(LUMA).expand(3, 3)
-    turn = torch.linalg.inv(to_yiq) @ quarter @ to_yiq
-    return torch.stack([project, torch.eye(3) - project, turn]).to(device)
+def _colour_matrices(device: torch.device) -> Tensor:
+    """Luma in every row, identity; projection on the grey axis, off it, quarter turn: (5, 3, 3)."""
+    luma, identity, grey = torch.tensor(LUMA).expand(3, 3), torch.eye(3), torch.full((3, 3), 1 / 3)
+    quarter = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    return torch.stack([luma, identity, grey, identity - grey, quarter]).to(device)
 
 
 def smooth(x: Tensor, sigma: Tensor, chosen: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def test_inputs_are_the_two_layer_tanh_rendering(data):
     u, c = data.x_test[:, :32].double(), data.x_test[:, 32:].double()
     first, second = (layer.double() for layer in data.layers)
     expected = ((u + c @ data.directions.double()) @ first).tanh() @ second
-    torch.testing.assert_close(data.inputs(data.x_test).double(), expected.tanh(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        data.inputs(data.x_test).double(), expected.tanh(), atol=1e-5, rtol=0
+    )
 
 
 def test_views_are_reproducible_and_differ_from_each_other_and_the_input(data):
@@ -163,7 +165,7 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_unknown_encoder_is_refused_with_the_names(data):
-    with pytest.raises(ValueError, match="'resnet18'.*mlp, raw"):
+    with pytest.raises(ValueError, match="'resnet18': sphere has mlp, raw"):
         data.encoder("resnet18")
 
 

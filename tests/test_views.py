@@ -148,9 +148,9 @@ def test_side_sets_the_size_of_the_views():
 # --- colour -----------------------------------------------------------------------------------
 
 
-def recoloured(x, brightness=1.0, contrast=1.0, chroma=1.0, hue=0.0):
-    factors = (torch.full((len(x),), f) for f in (brightness, contrast, chroma, 2 * np.pi * hue))
-    return views.recolour(x, *factors)
+def recoloured(x, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, colour=1.0):
+    factors = (brightness, contrast, saturation, 2 * np.pi * hue, colour)
+    return views.recolour(x, *(torch.full((len(x),), factor) for factor in factors))
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
@@ -159,7 +159,7 @@ def recoloured(x, brightness=1.0, contrast=1.0, chroma=1.0, hue=0.0):
     [
         ("brightness", tvf.adjust_brightness),
         ("contrast", tvf.adjust_contrast),
-        ("chroma", tvf.adjust_saturation),
+        ("saturation", tvf.adjust_saturation),
     ],
 )
 def test_one_colour_step_agrees_with_torchvision(muted, option, reference, factor):
@@ -173,33 +173,36 @@ def test_the_steps_compose_in_the_stated_order(muted):
     theirs = tvf.adjust_saturation(theirs, 0.7)
     ours = recoloured(muted, 0.8, 1.2, 0.7)
     torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)
+    turned, grey = recoloured(ours, hue=0.1), recoloured(recoloured(ours, hue=0.1), colour=0.0)
+    torch.testing.assert_close(recoloured(muted, 0.8, 1.2, 0.7, 0.1), turned)
+    torch.testing.assert_close(recoloured(muted, 0.8, 1.2, 0.7, 0.1, 0.0), grey)
 
 
-def test_no_chroma_is_greyscale(muted):
+def test_no_colour_is_greyscale(muted):
     theirs = tvf.rgb_to_grayscale(muted, num_output_channels=3)
-    torch.testing.assert_close(recoloured(muted, chroma=0.0), theirs, atol=2e-4, rtol=0)
+    torch.testing.assert_close(recoloured(muted, colour=0.0), theirs, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [-0.1, -0.05, 0.05, 0.1])
 def test_hue_turns_as_torchvisions_does(muted, shift):
-    """YIQ is not HSV: the colours move the same way and by nearly as much, luma stays."""
+    """A linear turn is not HSV's: the same way, nearer than no turn, far from the other way."""
     theirs = tvf.adjust_hue(muted, shift)
     ours = recoloured(muted, hue=shift)
     change = (theirs - muted).abs().mean()
-    assert (ours - theirs).abs().mean() < 0.5 * change
-    assert (recoloured(muted, hue=-shift) - theirs).abs().mean() > change
-    torch.testing.assert_close(recoloured(ours, chroma=0.0), recoloured(muted, chroma=0.0))
+    assert (ours - theirs).abs().mean() < 0.9 * change
+    assert (recoloured(muted, hue=-shift) - theirs).abs().mean() > 1.8 * change
+    torch.testing.assert_close(ours.mean(1), muted.mean(1))
 
 
-@pytest.mark.parametrize("shift", [-0.1, 0.1])
-def test_hue_angle_is_right_on_average_over_the_circle(shift):
+@pytest.mark.parametrize("shift", [-0.1, 0.04, 0.1])
+def test_hue_turns_every_colour_by_the_angle_torchvision_does(shift):
     start = torch.arange(60) / 60
     colours = torch.tensor([colorsys.hsv_to_rgb(float(h), 0.3, 0.5) for h in start])  # (60, 3)
     ours = recoloured(colours[:, :, None, None], hue=shift)[:, :, 0, 0]
     turned = torch.tensor([colorsys.rgb_to_hsv(*c.tolist())[0] for c in ours]) - start
     turned = (turned + 0.5) % 1 - 0.5
-    assert turned.mean() == pytest.approx(shift, abs=0.002)
-    assert (turned - shift).abs().max() < 0.06
+    assert turned.mean() == pytest.approx(shift, abs=0.001)
+    assert (turned - shift).abs().max() < 0.01
 
 
 def test_a_whole_turn_of_hue_and_unit_factors_change_nothing(muted):
@@ -216,7 +219,7 @@ def test_one_channel_is_treated_as_grey(muted):
 def test_colour_factors_have_torchvisions_distribution():
     n = 3000
     draws = torch.rand(6, n, generator=seeded(3))
-    brightness, contrast, chroma, hue = views.colour_factors(draws, SIMCLR)
+    brightness, contrast, saturation, hue, colour = views.colour_factors(draws, SIMCLR)
     torch.manual_seed(4)
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     theirs = np.array(
@@ -229,10 +232,9 @@ def test_colour_factors_have_torchvisions_distribution():
     assert torch.equal(changed, contrast != 1)
     assert torch.equal(changed, hue != 0)  # all or none
     assert changed.float().mean() == pytest.approx(0.8, abs=0.03)
-    grey = chroma == 0
-    assert grey.float().mean() == pytest.approx(0.2, abs=0.03)
-    coloured = changed & ~grey
-    ours = (brightness[changed], contrast[changed], chroma[coloured], hue[changed] / (2 * np.pi))
+    assert (1 - colour).mean() == pytest.approx(0.2, abs=0.03)
+    assert set(colour.tolist()) == {0.0, 1.0}
+    ours = [f[changed] for f in (brightness, contrast, saturation, hue / (2 * np.pi))]
     for mine, reference in zip(ours, theirs, strict=True):
         assert ks_2samp(mine, reference).pvalue > 0.01
     assert abs(np.corrcoef(brightness[changed], contrast[changed])[0, 1]) < 0.06
@@ -270,7 +272,7 @@ def test_blur_frequency_and_strength():
 
 
 def test_nothing_is_the_identity():
-    x = torch.randint(0, 256, (5, 3, 12, 10), dtype=torch.uint8, generator=seeded())
+    x = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8, generator=seeded())
     torch.testing.assert_close(augment(x, NOTHING, seeded()), x / 255, atol=1e-5, rtol=0)
 
 
