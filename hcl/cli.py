@@ -169,8 +169,10 @@ def _sweep_study(args: argparse.Namespace) -> None:
     if args.grid or args.given or args.profile:
         raise ValueError("sweep: --grid, -p and --profile are for notebooks; edit the study file")
     wanted = sweeps.load_study(args.notebook)
-    limits = {"budget_s": seconds(args.budget)} if args.budget else {}
-    kept = sweeps.record(wanted, workers=args.workers, embeddings=args.embeddings, **limits)
+    budget_s = seconds(args.budget) if args.budget else float("inf")
+    kept = sweeps.record(
+        wanted, workers=args.workers, embeddings=args.embeddings, budget_s=budget_s
+    )
     print(f"{len(kept)} of {len(wanted)} runs of {args.notebook} are recorded")
 
 

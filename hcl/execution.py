@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from hcl.pools import stop_with_parent
 
 # Quiet, because a kernel that is stopped on purpose complains, and the client raises real errors.
 LAUNCHER = "-Xfrozen_modules=off -m ipykernel_launcher -f {connection_file} --log-level=50"
@@ -97,9 +98,9 @@ def _execute(job: Job, root: Path, live: bool) -> float:
     from traitlets.config import Config
 
     part = job.output.with_name(f".{job.output.stem}.part.ipynb")
-    part.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(job.source),
             str(part),
@@ -115,6 +116,8 @@ def _execute(job: Job, root: Path, live: bool) -> float:
         os.replace(part, job.failed)
         text = str(error).strip()
         raise NotebookError(f"{job.name} failed; partial output: {job.failed}\n{text}") from None
+    except OSError as error:
+        raise NotebookError(f"{job.name}: could not write {part} ({error})") from None
     os.replace(part, job.output)
     job.failed.unlink(missing_ok=True)
     return time.monotonic() - start
@@ -150,13 +153,7 @@ def _pool(workers: int, *, quiet: bool) -> Iterator[ProcessPoolExecutor]:
 def _start_worker(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent terminates us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)  # kernels watch their parent and follow
+    stop_with_parent()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from hcl import runs
+from hcl.pools import stop_with_parent
 from hcl.runs import Record, Run
 
 
@@ -113,7 +114,7 @@ def _parallel(
     busy: dict[Future[Record], int] = {}
     found: dict[int, Record] = {}
     with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(threads,)
     ) as pool:
         try:
             while True:
@@ -129,3 +130,8 @@ def _parallel(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    stop_with_parent()  # checkpoints let the next sweep continue

@@ -1,5 +1,10 @@
 """Grids expand to Runs in order; a study is recorded once, by one process or several."""
 
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 
 from hcl import runs, sweeps
@@ -81,3 +86,34 @@ def test_an_error_in_a_worker_reaches_the_caller(tiny):
         record([tiny(batch=500), tiny()], workers=2, progress=False)
     with pytest.raises(ValueError, match="workers=0"):
         sweeps.record([], workers=0)
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from hcl.runs import Run
+from hcl.sweeps import record
+if __name__ == "__main__":
+    run = Run(data="digits", encoder="mlp", epochs=100000, batch=256)
+    record([run], workers=2, store=Path(sys.argv[1]), progress=False)
+"""
+
+
+def test_killing_a_sweep_leaves_no_worker_behind(tmp_path):
+    script = tmp_path / "sweep.py"
+    script.write_text(SWEEP)
+    sweep = subprocess.Popen([sys.executable, str(script), str(tmp_path / "store")])
+    workers = _until(lambda: [c for c in psutil.Process(sweep.pid).children(recursive=True)
+                              if "spawn_main" in " ".join(c.cmdline())])  # fmt: skip
+    sweep.kill()
+    sweep.wait()
+    assert _until(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
+
+
+def _until(found, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"did not happen within {seconds} s")
