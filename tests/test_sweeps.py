@@ -103,14 +103,20 @@ def test_killing_a_sweep_leaves_no_worker_behind(tmp_path):
     script = tmp_path / "sweep.py"
     script.write_text(SWEEP)
     sweep = subprocess.Popen([sys.executable, str(script), str(tmp_path / "store")])
-    workers = _until(lambda: [c for c in psutil.Process(sweep.pid).children(recursive=True)
-                              if "spawn_main" in " ".join(c.cmdline())])  # fmt: skip
-    sweep.kill()
-    sweep.wait()
+    try:
+        workers = _until(lambda: _workers(sweep.pid))
+    finally:
+        sweep.kill()
+        sweep.wait()
     assert _until(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
 
 
-def _until(found, seconds=60):
+def _workers(pid):
+    children = psutil.Process(pid).children(recursive=True)
+    return [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+
+
+def _until(found, seconds=180):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := found():
