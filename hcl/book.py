@@ -7,6 +7,7 @@ Everything lies under _build/: executed/ (a cache, by profile), stage/ (what Sph
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -182,7 +183,8 @@ def _jupyter_book(root: Path, work: Path, strict: bool) -> None:
     ]
     # fmt: on
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    text = done.stdout.replace(f"{root.resolve() / '_build' / 'stage'}", "book")
+    text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)  # colours
+    text = text.replace(f"{root.resolve() / '_build' / 'stage'}", "book")
     log = root / "_build" / "render.log"
     _write(log, text)
     complaints = [x for x in text.splitlines() if "WARNING" in x or "ERROR" in x]

@@ -4,6 +4,7 @@ Every function draws with pyplot and returns the Figure or Axes; in a notebook, 
 last line with a semicolon, or the picture appears twice.
 """
 
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from torch.nn import functional as F
 
 from hcl.probe import overlap
@@ -95,19 +97,22 @@ def curves(
     """
     _need(df, [x, y, hue, *([style] if style else [])])
     data, palette = _with_labels(df, hue)
+    if style:
+        data = data.assign(
+            **{style: [f"{_axis_name(style)} = {_name(value)}" for value in df[style]]}
+        )
     ax = _axes((WIDTH * 0.8, 3.6)) if ax is None else ax
     sns.lineplot(
         data, x=x, y=y, hue=hue, hue_order=list(palette), palette=palette, ax=ax, linewidth=1.8,
         style=style or hue, markers=_markers(data, style or hue), dashes=bool(style), markersize=7,
+        markeredgewidth=0,
         errorbar=("se", 1), err_style="bars", err_kws={"capsize": 3, "elinewidth": 1.2},
     )  # fmt: skip
-    if log_x:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ticks := sorted(data[x].unique()), [f"{tick:g}" for tick in ticks])
+    _x_ticks(ax, data[x], log_x)
     if y in ACCURACIES:
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.set(xlabel=AXIS_NAMES.get(x, x), ylabel=AXIS_NAMES.get(y, y))
-    _legend_above(ax)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    ax.set(xlabel=_axis_name(x), ylabel=_axis_name(y))
+    _legend_above(ax, without=(hue, style) if style else ())
     return ax
 
 
@@ -144,10 +149,10 @@ def differences(
     ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
     ax.set_yticks(range(len(rows)), [_name(row) for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set(xlabel=f"{AXIS_NAMES.get(metric, metric)} minus {baseline}'s{unit}")
-    ax.set_ylabel("" if label in ("label", "method") else AXIS_NAMES.get(label, label))
+    ax.set(xlabel=f"{_axis_name(metric)} minus {baseline}'s{unit}")
+    ax.set_ylabel("" if label in ("label", "method") else _axis_name(label))
     if hue:
-        _legend_above(ax, title=AXIS_NAMES.get(hue, hue))
+        _legend_above(ax, title=_axis_name(hue))
     return ax
 
 
@@ -212,6 +217,7 @@ def histograms(panels: Sequence[Histogram]) -> Figure:
             ax.stairs(density, edges, color=colour, linewidth=1.4, label=name)
         ax.set_title(f"{title}\noverlap {share:.2f}")
         ax.set(xlim=(-1, 1), xlabel="cosine similarity")
+        ax.set_xticks([-1, -0.5, 0, 0.5, 1], ["−1", "", "0", "", "1"])
         ax.label_outer()
     for ax in axes.flat[len(panels) :]:
         ax.remove()
@@ -241,10 +247,11 @@ def image_grid(
     _as_many("row_titles", row_titles, len(rows))
     _as_many("column_titles", column_titles, n_columns)
     _as_many("borders", borders, len(rows))
-    side = min(1.1, WIDTH / n_columns)
-    fig, axes = plt.subplots(
-        len(rows), n_columns, figsize=(side * n_columns, side * len(rows) + 0.3), squeeze=False
-    )
+    margin, top = 0.9 * (row_titles is not None), 0.25 * (column_titles is not None)  # inches
+    side = min(1.1, (WIDTH - margin) / n_columns)
+    size = (side * n_columns + margin, side * len(rows) + top)
+    tight = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    fig, axes = plt.subplots(len(rows), n_columns, figsize=size, layout=tight, squeeze=False)
     for i, row in enumerate(rows):
         _as_many(f"borders[{i}]", borders[i] if borders else None, len(row))
         for j, ax in enumerate(axes[i]):
@@ -304,6 +311,10 @@ def _as_many(name: str, values: Sequence[Any] | None, n: int) -> None:
         raise ValueError(f"{name} has {len(values)} entries: {n} would do")
 
 
+def _axis_name(column: str) -> str:
+    return AXIS_NAMES.get(column, column)
+
+
 def _name(level: Hashable) -> str:
     """What a legend calls a level: a method's own name, a number without trailing zeros."""
     number = isinstance(level, float | np.floating)
@@ -318,21 +329,38 @@ def _with_labels(df: pd.DataFrame, hue: str) -> tuple[pd.DataFrame, dict[str, st
     names = [_name(level) for level in levels]
     if len(names) > len(PALETTE):
         raise ValueError(f"{hue} has {len(names)} levels: at most {len(PALETTE)} have a colour")
-    taken = {FIXED[name] for name in names if name in FIXED}
-    free = iter([colour for colour in PALETTE if colour not in taken])
-    return df.assign(**{hue: df[hue].map(_name)}), {n: FIXED.get(n) or next(free) for n in names}
+    fixed = [colour for name, colour in FIXED.items() if name not in names]
+    free = [c for c in PALETTE if c not in FIXED.values()] + [c for c in fixed if c != GREY]
+    colours = {name: FIXED.get(name) or free.pop(0) for name in names}
+    return df.assign(**{hue: df[hue].map(_name)}), colours
 
 
 def _markers(data: pd.DataFrame, style: str) -> dict[Hashable, str]:
     return dict(zip(dict.fromkeys(data[style]), MARKERS, strict=False))
 
 
-def _legend_above(ax: Axes, title: str = "") -> None:
-    handles, names = ax.get_legend_handles_labels()
-    ax.legend(
-        handles, names, title=title or None, loc="lower left", bbox_to_anchor=(0, 1.0),
-        ncols=min(4, len(names)), columnspacing=1.4, handlelength=1.8,
+def _x_ticks(ax: Axes, values: pd.Series, log_x: bool) -> None:
+    """Ticks at the values themselves where they are few numbers."""
+    if log_x:
+        ax.set_xscale("log", base=2)
+    ticks = sorted(values.unique())
+    if pd.api.types.is_numeric_dtype(values) and len(ticks) <= 8:
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        ax.minorticks_off()
+
+
+def _legend_above(ax: Axes, title: str = "", without: Sequence[str | None] = ()) -> None:
+    """A frameless legend over the axes; `without` are seaborn's own headings."""
+    entries = zip(*ax.get_legend_handles_labels(), strict=True)
+    shown = {name: handle for handle, name in entries if name not in without}
+    legend = ax.legend(
+        shown.values(), shown.keys(), title=title or None, loc="lower left",
+        bbox_to_anchor=(0, 1.0), ncols=2 if without else min(4, len(shown)), columnspacing=1.4,
+        handlelength=1.8,
     )  # fmt: skip
+    for handle in legend.legend_handles if without else ():
+        if isinstance(handle, Line2D) and handle.get_color() not in PALETTE:
+            handle.set(color=GREY, markerfacecolor=GREY)
 
 
 def _class_colours(n: int) -> list[Any]:
@@ -354,14 +382,20 @@ def _umap(
         raise ValueError(
             f"{title!r} names {len(names)} classes, its labels are {labels.min()} to {labels.max()}"
         )
-    from umap import UMAP  # slow to import: only who draws one waits
+    points = F.normalize(points, dim=1)
+    k = min(neighbours, len(points))
+    # Exact neighbours from torch: UMAP would spend ten seconds compiling its own search.
+    cosine, nearest = zip(*((rows @ points.T).topk(k) for rows in points.split(1024)), strict=True)
+    knn = torch.cat(nearest).numpy(), (1 - torch.cat(cosine)).clamp(min=0).numpy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "precomputed_knn|IProgress not found")
+        from umap import UMAP  # slow to import: only who draws one waits
 
-    reducer = UMAP(
-        n_neighbors=min(neighbours, len(points) - 1), min_dist=dist, metric="cosine",
-        random_state=seed, n_jobs=1,
-        init="spectral" if len(points) > 10 else "random",
-    )  # fmt: skip
-    return np.asarray(reducer.fit_transform(F.normalize(points, dim=1).numpy()))
+        reducer = UMAP(
+            n_neighbors=k, min_dist=dist, metric="cosine", precomputed_knn=knn,
+            init="spectral" if len(points) > 10 else "random", random_state=seed, n_jobs=1,
+        )  # fmt: skip
+        return np.asarray(reducer.fit_transform(points.numpy()))
 
 
 def _picture(picture: Picture) -> Array:

@@ -135,8 +135,8 @@ def profile(root: Path, name: str) -> dict[str, dict[str, Any]]:
     if not path.exists():
         if name == "quick":
             return {}
-        found = {p.stem: load_yaml(p.read_text(), str(p)) or {} for p in folder.glob("*.yml")}
-        names = sorted({"quick", *(k for k, body in found.items() if "study" not in body)})
+        others = (p for p in folder.glob("*.yml") if "\nstudy:" not in f"\n{p.read_text()}")
+        names = sorted({"quick", *(p.stem for p in others)})
         raise ValueError(f"profile={name!r}: choose one of {', '.join(names)}")
     body = load_yaml(path.read_text(), str(path)) or {}
     if not isinstance(body, dict) or not all(isinstance(v, dict) for v in body.values()):

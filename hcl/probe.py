@@ -187,10 +187,8 @@ def uniformity(z: Tensor, *, t: float = 2.0, chunk: int = 1024) -> float:
     if not t > 0:
         raise ValueError(f"t is {t}: a positive number would do")
     # On the sphere ||a - b||^2 = 2 - 2 cos.
-    parts = [
-        (2 * t * (cosine[upper].double() - 1)).logsumexp(dim=0)
-        for cosine, upper, _ in _blocks(F.normalize(z.float(), dim=1), chunk)
-    ]
+    pairs = _pairs(F.normalize(z.float(), dim=1), torch.zeros(len(z), device=z.device), chunk)
+    parts = [(2 * t * (cosine.double() - 1)).logsumexp(dim=0) for cosine, _ in pairs]
     return torch.stack(parts).logsumexp(dim=0).item() - math.log(len(z) * (len(z) - 1) / 2)
 
 
@@ -216,11 +214,9 @@ def similarity_histograms(
     if bins < 1:
         raise ValueError(f"bins is {bins}: at least one bin is needed")
     counts = torch.zeros(2, bins, dtype=torch.int64, device=z.device)
-    for cosine, upper, start in _blocks(F.normalize(z.float(), dim=1), chunk):
-        where = ((cosine[upper] + 1) / 2 * bins).long().clamp(0, bins - 1)
-        rows, columns = labels[start : start + chunk], labels[start:]
-        different = (rows[:, None] != columns)[upper]
-        counts += torch.bincount(where + bins * different, minlength=2 * bins).view(2, bins)
+    for cosine, same in _pairs(F.normalize(z.float(), dim=1), labels.to(z.device), chunk):
+        where = ((cosine + 1) / 2 * bins).long().clamp(0, bins - 1)
+        counts += torch.bincount(where + bins * ~same, minlength=2 * bins).view(2, bins)
     totals = counts.sum(dim=1, keepdim=True)
     if not totals.all():
         raise ValueError(
@@ -248,11 +244,18 @@ def overlap(same: Array, different: Array, edges: Array) -> float:
     return float(np.sum(np.minimum(same, different) * np.diff(edges)))
 
 
-def _blocks(z: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """All pairs i < j, `chunk` rows at a time: cosines (chunk, n - start), which count, start."""
-    for start in range(0, len(z) - 1, chunk):
-        cosine = z[start : start + chunk] @ z[start:].T
-        yield cosine, torch.ones_like(cosine, dtype=torch.bool).triu(1), start
+def _pairs(z: Tensor, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosine and label agreement of all pairs i < j, flat, `chunk` rows at a time."""
+    for start in range(0, len(z), chunk):
+        rows = z[start : start + chunk]
+        cosine = rows @ z[start:].T  # (m, n - start)
+        same = labels[start : start + chunk, None] == labels[start:]
+        m = len(rows)
+        upper = torch.ones(m, m, dtype=torch.bool, device=z.device).triu(1)
+        if m > 1:
+            yield cosine[:, :m][upper], same[:, :m][upper]
+        if start + m < len(z):
+            yield cosine[:, m:].flatten(), same[:, m:].flatten()
 
 
 def _standardise(f_train: Tensor, f_test: Tensor) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,7 @@ def test_a_warning_is_an_error_and_the_old_site_stays(kept):
     before = (kept / "_build" / "html" / "index.html").read_bytes()
     edit(kept / "book" / "intro.md", "Equation", "{ref}`nowhere` Equation")
     book.stage(kept)
-    with pytest.raises(book.RenderError, match=r"book/intro.md:\d+: WARNING.*nowhere"):
+    with pytest.raises(book.RenderError, match=r"(?m)^book/intro.md:\d+: WARNING.*nowhere"):
         book.render(kept)
     assert (kept / "_build" / "html" / "index.html").read_bytes() == before
     assert "nowhere" in (kept / "_build" / "render.log").read_text()
@@ -266,6 +266,16 @@ def test_a_killed_kernel_is_an_error_of_its_notebook(tmp_path):
     with pytest.raises(NotebookError, match="1 of 1"):
         execute_all([job], root=tmp_path)
     assert not job.output.exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
+    source = tinybook.save(tmp_path / "n.ipynb", tinybook.code("1"))
+    job = Job(source, source / "out.ipynb", {}, "n")  # a file where a folder should be
+    with pytest.raises(NotebookError):
+        execute_all([job], root=tmp_path)
+    said = capsys.readouterr().err
+    assert "n: could not write" in said
+    assert ".out.part.ipynb" in said
 
 
 def test_workers_must_be_positive(tmp_path):

@@ -34,12 +34,12 @@ def style():
 def runs() -> pd.DataFrame:
     noise = np.random.default_rng(0).normal(0, 0.03, (3, 5))
     rows = [
-        dict(method=m, label=m, temperature=t, seed=s, knn=0.5 + 0.1 * i + t * noise[i, s])
+        (m, m, t, s, 0.5 + 0.1 * i + t * noise[i, s])
         for i, m in enumerate(("nt_xent", "debiased", "hard"))
         for t in (0.1, 0.2, 0.5)
         for s in range(5)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    ]
+    return pd.DataFrame(rows, columns=["method", "label", "temperature", "seed", "knn"])
 
 
 def png(fig) -> bytes:
@@ -148,7 +148,7 @@ def test_curves_name_axes_methods_and_percent(runs):
     assert ax.get_ylabel() == "kNN accuracy"
     assert texts(ax.get_legend()) == ["SimCLR", "Debiased", "HCL"]
     assert ax.get_xscale() == "log"
-    assert ax.yaxis.get_major_formatter().format_pct(0.5, 1) == "50%"
+    assert [ax.yaxis.get_major_formatter()(v) for v in (0.5, 0.625)] == ["50%", "62.5%"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0.1", "0.2", "0.5"]
 
 
@@ -169,6 +169,10 @@ def test_curves_take_style_numeric_hue_and_an_axes(runs):
     assert texts(ax.get_legend()) == ["0.1", "0.2", "0.5"]
     both = figures.curves(runs, "seed", "knn", "method", style="temperature")
     assert len([line for line in both.get_lines() if len(line.get_xdata()) == 5]) >= 9
+    rates = [f"temperature $t$ = {t}" for t in (0.1, 0.2, 0.5)]
+    assert texts(both.get_legend()) == ["SimCLR", "Debiased", "HCL", *rates]
+    for handle in both.get_legend().legend_handles[3:]:
+        assert handle.get_color() == figures.GREY
 
 
 def test_curves_of_one_seed_have_no_bars(runs):

@@ -54,10 +54,14 @@ def test_latents_have_the_stated_moments():
     assert residual[:, 32:].std() == pytest.approx(1.0, rel=0.01)
 
 
-def test_nuisances_are_orthogonal_with_the_stated_total_scale():
+def test_nuisances_are_orthogonal_with_the_stated_scale():
     data = sphere.load(nuisances=6, nuisance_scale=2.0)
-    gram = data.directions @ data.directions.T
-    torch.testing.assert_close(gram, 4 / 6 * torch.eye(6))
+    torch.testing.assert_close(data.directions @ data.directions.T, 4 * torch.eye(6))
+
+
+def test_centres_lie_where_stated():
+    data = sphere.load(fine_scale=0.0, noise=0.0)
+    torch.testing.assert_close(data.x_train[:, :32].norm(dim=1), torch.full((2000,), 8**0.5))
 
 
 def test_no_fine_spread_leaves_the_groups_only():
