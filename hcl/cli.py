@@ -71,8 +71,8 @@ def _add_run(commands: Any) -> None:
     run = _command(commands, "run", _run, "execute one notebook with other parameters")
     _add_notebook(run)
     run.add_argument(
-        "out",
-        nargs="?",
+        "-o",
+        "--out",
         type=Path,
         metavar="OUT",
         help="executed notebook (default: _build/runs/NAME-PARAMETERS.ipynb)",

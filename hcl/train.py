@@ -9,9 +9,8 @@ import inspect
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,7 @@ from hcl.atomic import whole_or_nothing
 from hcl.provenance import code_fingerprint, provenance
 from hcl.runs import Record, Run
 
-MODALITIES: dict[str, ModuleType] = {"sphere": sphere}  # every other name is an image data set
+LOADERS: dict[str, Callable[..., Any]] = {"sphere": sphere.load}  # other names: hcl.vision's
 
 
 class Data(Protocol):
@@ -88,7 +87,7 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
     Raises: ValueError: an option the loader does not have; FileNotFoundError: the set is missing
     (the message says how to get it).
     """
-    load = MODALITIES.get(run.data, vision).load
+    load = LOADERS.get(run.data, vision.load)
     options = set(inspect.signature(load).parameters) - {"name", "root", "device", "seed"}
     if unknown := set(run.data_args) - options:
         raise ValueError(

@@ -155,12 +155,12 @@ def test_run_reports_a_failing_cell_and_keeps_what_was_there(root, capsys):
     tinybook.save(root / "bad.ipynb", tinybook.code("limit = 0", ("parameters",)), bad)
     out = root / "out.ipynb"
     out.write_text("an older result")
-    assert cli.main(["run", "bad.ipynb", str(out), "-p", "limit=1"]) == 1
+    assert cli.main(["run", "bad.ipynb", "-p", "limit=1", "-o", str(out)]) == 1
     said = capsys.readouterr().err
     assert "AssertionError: limit too large" in said
     assert str(root / "out.failed.ipynb") in said
     assert out.read_text() == "an older result"
-    assert cli.main(["run", "bad.ipynb", str(root / "bad.ipynb")]) == 2
+    assert cli.main(["run", "bad.ipynb", "-o", str(root / "bad.ipynb")]) == 2
     assert "overwrite the notebook itself" in capsys.readouterr().err
 
 

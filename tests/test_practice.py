@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -49,7 +48,7 @@ def temperature_study(tmp_path):
 
 
 def test_the_page_on_rerunning_runs(temperature_study, monkeypatch, capsys):
-    monkeypatch.setattr(train, "MODALITIES", dict(train.MODALITIES))
+    monkeypatch.setattr(train, "LOADERS", dict(train.LOADERS))
     assert len(temperature_study) == 8
     kept = [runs.get(run, missing="refuse") for run in temperature_study]
     assert all(len(r.embeddings()[0]) == 500 for r in kept)
@@ -70,7 +69,7 @@ def test_the_page_on_rerunning_runs(temperature_study, monkeypatch, capsys):
 def check_the_exercise(page, before):
     """The solution's change, and its claim that the probe falls."""
     changed = type("Gain", (page["Waves"],), {"changed": gain})
-    train.MODALITIES["waves"] = SimpleNamespace(load=lambda name, *, device, seed: changed(512, seed, device))  # noqa: E501 # fmt: skip
+    train.LOADERS["waves"] = lambda name, *, device, seed: changed(512, seed, device)
     again = {**page["base"], "study": "waves-gain", "encoder": "mlp", "epochs": 10}
     found = sweeps.record(sweeps.expand(again, [{"method": "nt_xent", "seed": [0, 1]}]))
     assert sum(r.metrics["linear"] for r in found) / 2 < before - 0.1
