@@ -4,27 +4,22 @@ Every function draws with pyplot and returns the Figure or Axes; in a notebook, 
 last line with a semicolon, or the picture appears twice.
 """
 
-import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from torch.nn import functional as F
 
-from hcl.probe import overlap
+from hcl.compare import LABELS as METHOD_LABELS
+from hcl.geometry import overlap
 
 Array = np.ndarray
-Panel = tuple[str, torch.Tensor | Array, torch.Tensor | Array, Sequence[str]]
 Histogram = tuple[str, Array, Array, Array]
-Picture = torch.Tensor | Array
 
 # A contrast of at least 3 (WCAG 2.1, 1.4.11) against white and against #121212 leaves the middle
 # tones; text would need 4.5, which no one colour has against both: GREY, at 4.3, is the best.
@@ -42,7 +37,6 @@ PALETTE = (
     "#6B8E23",  # olive
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "h")
-METHOD_LABELS = {"nt_xent": "SimCLR", "debiased": "Debiased", "hard": "HCL"}
 METHOD_COLOURS = {"nt_xent": PALETTE[0], "debiased": PALETTE[2], "hard": PALETTE[1]}
 FIXED = {METHOD_LABELS[method]: colour for method, colour in METHOD_COLOURS.items()} | {
     "HCL β=1": PALETTE[1],
@@ -156,49 +150,11 @@ def differences(
     return ax
 
 
-def embeddings(
-    panels: Sequence[Panel], *, seed: int = 0, neighbours: int = 15, min_dist: float = 0.1
-) -> Figure:
-    """UMAP of each (title, z, labels, class_names), side by side, coloured by class.
-
-    z: (n, d), compared by cosine; labels: (n,) int; class_names[label] is shown while there are
-    no more than ten.  The seed fixes the picture.  The first call of a process compiles UMAP
-    (tens of seconds).  Source: McInnes et al. 2018; axes have no unit.
-
-    Raises: ValueError for no panel, lengths that differ, NaN, or fewer than four points.
-    """
-    if not panels:
-        raise ValueError("panels is empty: one (title, z, labels, class_names) at least would do")
-    width = min(WIDTH, 3.4 * len(panels))
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(width, width / len(panels) + 0.7), squeeze=False
-    )
-    for ax, (title, z, labels, names) in zip(axes[0], panels, strict=True):
-        classes = np.asarray(labels)
-        where = _umap(title, z, classes, names, seed, neighbours, min_dist)
-        colours = _class_colours(len(names))
-        for c in np.unique(classes):
-            ax.scatter(
-                *where[classes == c].T, s=max(2.0, min(14.0, 6000 / len(where))), color=colours[c],
-                linewidths=0, rasterized=True, label=names[c],
-            )  # fmt: skip
-        ax.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    if max(len(names) for *_, names in panels) <= len(PALETTE):
-        handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
-        for ax in axes[0][1:]:
-            handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        fig.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=5, markerscale=2,
-            handletextpad=0.2, columnspacing=1.2,
-        )  # fmt: skip
-    return fig
-
-
 def histograms(panels: Sequence[Histogram]) -> Figure:
     """Cosine similarities of same-class and different-class pairs, each panel with its overlap.
 
     panels: (title, edges, same, different) with the last three from
-    `hcl.probe.similarity_histograms`.  All panels share their axes.
+    `hcl.geometry.similarity_histograms`.  All panels share their axes.
 
     Raises: ValueError for no panel, or lengths that do not fit.
     """
@@ -224,44 +180,6 @@ def histograms(panels: Sequence[Histogram]) -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("density")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return fig
-
-
-def image_grid(
-    rows: Sequence[Sequence[Picture]],
-    *,
-    row_titles: Sequence[str] | None = None,
-    column_titles: Sequence[str] | None = None,
-    borders: Sequence[Sequence[str | None]] | None = None,
-) -> Figure:
-    """Pictures in rows, each (C, H, W) tensor or (H, W, C) array; uint8, or float in [0, 1].
-
-    borders: a colour or None for each picture, for instance around the false negatives.
-
-    Raises: ValueError for no picture, a picture of another form, or titles or borders that do not
-    fit the rows.
-    """
-    n_columns = max(map(len, rows), default=0)
-    if not n_columns:
-        raise ValueError("rows is empty: one row of one picture at least would do")
-    _as_many("row_titles", row_titles, len(rows))
-    _as_many("column_titles", column_titles, n_columns)
-    _as_many("borders", borders, len(rows))
-    margin, top = 0.9 * (row_titles is not None), 0.25 * (column_titles is not None)  # inches
-    side = min(1.1, (WIDTH - margin) / n_columns)
-    size = (side * n_columns + margin, side * len(rows) + top)
-    tight = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    fig, axes = plt.subplots(len(rows), n_columns, figsize=size, layout=tight, squeeze=False)
-    for i, row in enumerate(rows):
-        _as_many(f"borders[{i}]", borders[i] if borders else None, len(row))
-        for j, ax in enumerate(axes[i]):
-            if j < len(row):
-                ax.imshow(_picture(row[j]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            _frame(ax, borders[i][j] if borders and j < len(row) else None)
-    for ax, title in zip(axes[0], column_titles or (), strict=False):
-        ax.set_title(title, fontsize=9)
-    for ax, title in zip(axes[:, 0], row_titles or (), strict=False):
-        ax.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
     return fig
 
 
@@ -306,11 +224,6 @@ def _need(df: pd.DataFrame, columns: Sequence[str]) -> None:
         raise ValueError("the frame has no rows: are the runs recorded?")
 
 
-def _as_many(name: str, values: Sequence[Any] | None, n: int) -> None:
-    if values is not None and len(values) != n:
-        raise ValueError(f"{name} has {len(values)} entries: {n} would do")
-
-
 def _axis_name(column: str) -> str:
     return AXIS_NAMES.get(column, column)
 
@@ -349,72 +262,21 @@ def _x_ticks(ax: Axes, values: pd.Series, log_x: bool) -> None:
         ax.minorticks_off()
 
 
+def _columns(names: Iterable[str]) -> int:
+    """As many legend columns as fit a page's width, at about 70 letters a line."""
+    widest = max(map(len, names), default=0) + 6
+    return max(1, min(4, 70 // widest))
+
+
 def _legend_above(ax: Axes, title: str = "", without: Sequence[str | None] = ()) -> None:
     """A frameless legend over the axes; `without` are seaborn's own headings."""
     entries = zip(*ax.get_legend_handles_labels(), strict=True)
     shown = {name: handle for handle, name in entries if name not in without}
     legend = ax.legend(
         shown.values(), shown.keys(), title=title or None, loc="lower left",
-        bbox_to_anchor=(0, 1.0), ncols=2 if without else min(4, len(shown)), columnspacing=1.4,
+        bbox_to_anchor=(0, 1.0), ncols=2 if without else _columns(shown), columnspacing=1.4,
         handlelength=1.8,
     )  # fmt: skip
     for handle in legend.legend_handles if without else ():
         if isinstance(handle, Line2D) and handle.get_color() not in PALETTE:
             handle.set(color=GREY, markerfacecolor=GREY)
-
-
-def _class_colours(n: int) -> list[Any]:
-    return list(PALETTE) if n <= len(PALETTE) else sns.husl_palette(n, l=0.55)
-
-
-def _umap(
-    title: str, z: Any, labels: Array, names: Sequence[str], seed: int, neighbours: int, dist: float
-) -> Array:
-    points = torch.as_tensor(z).float().cpu()
-    if len(points) != len(labels) or len(points) < 4:
-        raise ValueError(
-            f"{title!r} has {len(points)} points and {len(labels)} labels: as many of both would "
-            "do, and UMAP needs four"
-        )
-    if not points.isfinite().all():
-        raise ValueError(f"{title!r} has NaN or infinite entries: did training diverge?")
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise ValueError(
-            f"{title!r} names {len(names)} classes, its labels are {labels.min()} to {labels.max()}"
-        )
-    points = F.normalize(points, dim=1)
-    k = min(neighbours, len(points))
-    # Exact neighbours from torch: UMAP would spend ten seconds compiling its own search.
-    cosine, nearest = zip(*((rows @ points.T).topk(k) for rows in points.split(1024)), strict=True)
-    knn = torch.cat(nearest).numpy(), (1 - torch.cat(cosine)).clamp(min=0).numpy()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "precomputed_knn|IProgress not found")
-        from umap import UMAP  # slow to import: only who draws one waits
-
-        reducer = UMAP(
-            n_neighbors=k, min_dist=dist, metric="cosine", precomputed_knn=knn,
-            init="spectral" if len(points) > 10 else "random", random_state=seed, n_jobs=1,
-        )  # fmt: skip
-        return np.asarray(reducer.fit_transform(points.numpy()))
-
-
-def _picture(picture: Picture) -> Array:
-    """Any picture as float (H, W, 3) or (H, W) in [0, 1]."""
-    tensor = torch.as_tensor(picture).detach().cpu()
-    if tensor.ndim == 3 and isinstance(picture, torch.Tensor):
-        tensor = tensor.permute(1, 2, 0)
-    if not (tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[2] in (1, 3))):
-        shape = tuple(torch.as_tensor(picture).shape)
-        raise ValueError(
-            f"a picture has shape {shape}: (C, H, W) tensor or (H, W, C) array would do"
-        )
-    tensor = tensor / 255 if tensor.dtype == torch.uint8 else tensor.float()
-    if not ((tensor >= 0) & (tensor <= 1)).all():
-        raise ValueError("a picture has floats outside [0, 1]: undo its normalisation first")
-    return tensor.squeeze(-1).numpy() if tensor.shape[-1] == 1 else tensor.numpy()
-
-
-def _frame(ax: Axes, colour: str | None) -> None:
-    ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values():
-        spine.set(visible=colour is not None, color=colour or "none", linewidth=3)

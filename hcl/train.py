@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hcl import losses, probe, runs, sphere, vision
+from hcl import geometry, losses, probe, runs, sphere, vision
 from hcl.atomic import whole_or_nothing
 from hcl.provenance import code_fingerprint, provenance
 from hcl.runs import Record, Run
@@ -232,11 +232,11 @@ def measure(
     metrics = _accuracy(model, data, linear=run.probe == "fast")
     z1, z2 = (_embed(model, view) for view in data.views(data.x_test, generator))
     z = _embed(model, data.inputs(data.x_test))
-    edges, same, different = probe.similarity_histograms(z, data.y_test)
+    edges, same, different = geometry.similarity_histograms(z, data.y_test)
     metrics |= {
-        "alignment": float(probe.alignment(z1, z2)),
-        "uniformity": float(probe.uniformity(z)),
-        "overlap": float(probe.overlap(same, different, edges)),
+        "alignment": float(geometry.alignment(z1, z2)),
+        "uniformity": float(geometry.uniformity(z)),
+        "overlap": float(geometry.overlap(same, different, edges)),
         "clamp_share": _clamp_share(run, z1, z2),
     }
     if run.probe == "released":  # last: it moves the encoder's BatchNorm statistics

@@ -17,7 +17,7 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from hcl import compare, figures, probe
+from hcl import compare, figures, geometry, pictures
 
 WHITE, DARK = "#FFFFFF", "#121212"
 
@@ -77,7 +77,7 @@ def test_contrast_is_wcags():
 
 @pytest.mark.parametrize("page", [WHITE, DARK])
 def test_every_colour_reads_on_both_pages(page):
-    many = figures._class_colours(30)
+    many = pictures._class_colours(30)
     for colour in [
         *figures.PALETTE,
         *figures.METHOD_COLOURS.values(),
@@ -248,7 +248,7 @@ def offsets(fig) -> np.ndarray:
 
 def test_embeddings_draw_every_point_apart_by_class_and_reproducibly():
     panels = [cluster_panel("one"), cluster_panel("two", n=30)]
-    fig = figures.embeddings(panels, neighbours=10)
+    fig = pictures.embeddings(panels, neighbours=10)
     assert [ax.get_title() for ax in fig.axes] == ["one", "two"]
     assert [ax.get_xlabel() for ax in fig.axes] == ["UMAP 1", "UMAP 1"]
     assert texts(fig.legends[0]) == ["class 0", "class 1", "class 2"]
@@ -257,9 +257,9 @@ def test_embeddings_draw_every_point_apart_by_class_and_reproducibly():
     spread = max(np.linalg.norm(g - g.mean(0), axis=1).mean() for g in groups)
     apart = min(np.linalg.norm(groups[i].mean(0) - groups[i - 1].mean(0)) for i in range(3))
     assert apart > 2 * spread
-    again = figures.embeddings(panels, neighbours=10)
+    again = pictures.embeddings(panels, neighbours=10)
     np.testing.assert_array_equal(offsets(again), offsets(fig))
-    other = figures.embeddings(panels, neighbours=10, seed=1)
+    other = pictures.embeddings(panels, neighbours=10, seed=1)
     assert not np.array_equal(offsets(other), offsets(fig))
     assert pixels(fig)[0, 0, 3] == 0
 
@@ -267,15 +267,15 @@ def test_embeddings_draw_every_point_apart_by_class_and_reproducibly():
 def test_embeddings_do_not_depend_on_the_length_of_vectors():
     title, z, labels, names = cluster_panel(n=30)
     scaled = title, z * 2.0 ** (torch.arange(30)[:, None] % 3), labels, names
-    one, two = figures.embeddings([(title, z, labels, names)]), figures.embeddings([scaled])
+    one, two = pictures.embeddings([(title, z, labels, names)]), pictures.embeddings([scaled])
     np.testing.assert_array_equal(offsets(one), offsets(two))
 
 
 def test_embeddings_of_many_classes_have_colours_and_no_legend():
-    fig = figures.embeddings([cluster_panel(n=48, classes=8)])
+    fig = pictures.embeddings([cluster_panel(n=48, classes=8)])
     assert len(fig.legends) == 1
     title, z, labels, _ = cluster_panel(n=48, classes=8)
-    fig = figures.embeddings([(title, z, labels, [str(c) for c in range(12)])])
+    fig = pictures.embeddings([(title, z, labels, [str(c) for c in range(12)])])
     assert not fig.legends
 
 
@@ -290,9 +290,9 @@ def test_embeddings_of_many_classes_have_colours_and_no_legend():
 )
 def test_embeddings_refuse_unfit_panels(spoil, message):
     with pytest.raises(ValueError, match=message):
-        figures.embeddings([spoil(*cluster_panel())])
+        pictures.embeddings([spoil(*cluster_panel())])
     with pytest.raises(ValueError, match="panels is empty"):
-        figures.embeddings([])
+        pictures.embeddings([])
 
 
 # --- histograms -----------------------------------------------------------------------------
@@ -301,10 +301,10 @@ def test_embeddings_refuse_unfit_panels(spoil, message):
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_histograms_show_the_densities_and_their_overlap(n):
     _, z, labels, _ = cluster_panel()
-    edges, same, different = probe.similarity_histograms(z, labels, bins=20)
+    edges, same, different = geometry.similarity_histograms(z, labels, bins=20)
     fig = figures.histograms([(f"panel {i}", edges, same, different) for i in range(n)])
     assert len(fig.axes) == n
-    share = probe.overlap(same, different, edges)
+    share = geometry.overlap(same, different, edges)
     for i, ax in enumerate(fig.axes):
         assert ax.get_title() == f"panel {i}\noverlap {share:.2f}"
         outlines = [p for p in ax.patches if p.get_label() in ("same class", "different class")]
@@ -329,7 +329,7 @@ def test_image_grid_shows_pictures_titles_and_borders():
     red = torch.zeros(3, 4, 6, dtype=torch.uint8)
     red[0] = 255
     grey = np.full((4, 6), 0.5)
-    fig = figures.image_grid(
+    fig = pictures.image_grid(
         [[red, red], [grey]],
         row_titles=["anchor", "negatives"],
         column_titles=["a", "b"],
@@ -351,7 +351,7 @@ def test_image_grid_shows_pictures_titles_and_borders():
 
 def test_channels_come_first_in_tensors_and_last_in_arrays():
     picture = torch.rand(3, 5, 3, generator=torch.Generator().manual_seed(0))
-    fig = figures.image_grid([[picture, picture.permute(1, 2, 0).numpy()]])
+    fig = pictures.image_grid([[picture, picture.permute(1, 2, 0).numpy()]])
     one, two = (ax.images[0].get_array() for ax in fig.axes)
     np.testing.assert_array_equal(one, two)
 
@@ -371,12 +371,12 @@ def test_channels_come_first_in_tensors_and_last_in_arrays():
 )
 def test_image_grid_refuses_unfit_input(rows, options, message):
     with pytest.raises(ValueError, match=message):
-        figures.image_grid(rows, **options)
+        pictures.image_grid(rows, **options)
 
 
 def test_no_figure_is_wider_than_a_page():
     _, z, labels, _ = cluster_panel()
-    h = probe.similarity_histograms(z, labels)
-    grid = figures.image_grid([[torch.zeros(3, 4, 4)] * 12])
+    h = geometry.similarity_histograms(z, labels)
+    grid = pictures.image_grid([[torch.zeros(3, 4, 4)] * 12])
     for fig in (grid, figures.histograms([("a", *h)] * 5)):
         assert fig.get_size_inches()[0] <= figures.WIDTH

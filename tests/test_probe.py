@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from hcl import probe
+from hcl import geometry, probe
 
 
 def clusters(n=300, d=8, classes=4, spread=1.5, seed=0):
@@ -259,9 +259,9 @@ def test_alignment_is_the_mean_distance(alpha):
     a, b = unit(seed=1), unit(seed=2)
     pairs = zip(a.double().numpy(), b.double().numpy(), strict=True)
     expected = np.mean([np.linalg.norm(p - q) ** alpha for p, q in pairs])
-    assert probe.alignment(a, b, alpha=alpha) == pytest.approx(expected, rel=1e-6)
-    assert probe.alignment(a, a) == 0
-    assert probe.alignment(3 * a, 0.1 * b, alpha=alpha) == pytest.approx(expected, rel=1e-6)
+    assert geometry.alignment(a, b, alpha=alpha) == pytest.approx(expected, rel=1e-6)
+    assert geometry.alignment(a, a) == 0
+    assert geometry.alignment(3 * a, 0.1 * b, alpha=alpha) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
@@ -273,24 +273,24 @@ def test_uniformity_is_the_log_mean_gaussian_potential(t, chunk):
         math.exp(-t * np.sum((d[i] - d[j]) ** 2)) for i in range(33) for j in range(i + 1, 33)
     ]
     expected = math.log(np.mean(potentials))
-    assert probe.uniformity(z, t=t, chunk=chunk) == pytest.approx(expected, rel=1e-5)
+    assert geometry.uniformity(z, t=t, chunk=chunk) == pytest.approx(expected, rel=1e-5)
 
 
 def test_uniformity_of_one_point_is_zero_and_large_t_does_not_underflow():
-    assert probe.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-6)
+    assert geometry.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-6)
     antipodes = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    assert probe.uniformity(antipodes, t=1000.0) == pytest.approx(-4000)
+    assert geometry.uniformity(antipodes, t=1000.0) == pytest.approx(-4000)
 
 
 def test_uniform_points_are_more_uniform_than_a_cluster():
     spread = unit(n=500, d=16)
-    assert probe.uniformity(spread) < probe.uniformity(spread + 1) - 0.5
+    assert geometry.uniformity(spread) < geometry.uniformity(spread + 1) - 0.5
 
 
 @pytest.mark.parametrize("chunk", [1, 9, 1024])
 def test_histograms_count_every_pair_once(chunk):
     z, labels = unit(n=41, seed=4), torch.arange(41) % 3
-    edges, same, different = probe.similarity_histograms(z, labels, bins=20, chunk=chunk)
+    edges, same, different = geometry.similarity_histograms(z, labels, bins=20, chunk=chunk)
     s, i, j = z.double() @ z.double().T, *np.triu_indices(41, 1)
     is_same = (labels[i] == labels[j]).numpy()
     for density, keep in ((same, is_same), (different, ~is_same)):
@@ -301,7 +301,7 @@ def test_histograms_count_every_pair_once(chunk):
 
 def test_identical_and_antipodal_pairs_land_in_the_outer_bins():
     z = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, -2.0]])
-    _, same, different = probe.similarity_histograms(z, torch.tensor([0, 0, 1]), bins=4)
+    _, same, different = geometry.similarity_histograms(z, torch.tensor([0, 0, 1]), bins=4)
     assert same.tolist() == [0, 0, 0, 2]
     assert different.tolist() == [2, 0, 0, 0]
 
@@ -314,11 +314,13 @@ def test_overlap_of_equal_disjoint_and_shifted_densities():
         density = np.exp(-((centre - mean) ** 2) / (2 * 0.1**2))
         return density / density.sum() / 0.01
 
-    assert probe.overlap(gaussian(0), gaussian(0), edges) == pytest.approx(1)
-    assert probe.overlap(gaussian(-0.7), gaussian(0.7), edges) < 1e-6
+    assert geometry.overlap(gaussian(0), gaussian(0), edges) == pytest.approx(1)
+    assert geometry.overlap(gaussian(-0.7), gaussian(0.7), edges) < 1e-6
     # Two normals at distance d share erfc(d / (2 sqrt(2) sigma)).
     expected = math.erfc(0.2 / (2 * math.sqrt(2) * 0.1))
-    assert probe.overlap(gaussian(-0.1), gaussian(0.1), edges) == pytest.approx(expected, abs=5e-3)
+    assert geometry.overlap(gaussian(-0.1), gaussian(0.1), edges) == pytest.approx(
+        expected, abs=5e-3
+    )
 
 
 # --- what cannot be measured ----------------------------------------------------------------
@@ -361,16 +363,16 @@ def test_probes_refuse_what_cannot_be_probed(method, part, value, message):
         (lambda: probe.knn(*clusters(n=20), temperature=0.0), "temperature is 0.0"),
         (lambda: probe.linear_probe(*clusters(n=20), l2=-1.0), "l2 is -1.0"),
         (lambda: probe.linear_probe(*clusters(n=20), max_iter=0), "max_iter is 0"),
-        (lambda: probe.alignment(unit(4), unit(5)), "equal shapes"),
-        (lambda: probe.alignment(unit(4), unit(4), alpha=0), "alpha is 0"),
-        (lambda: probe.alignment(unit(4), with_nan(unit(4))), "z2 has NaN"),
-        (lambda: probe.uniformity(unit(1)), "1 row"),
-        (lambda: probe.uniformity(unit(4), t=0), "t is 0"),
-        (lambda: probe.similarity_histograms(unit(4), torch.arange(3)), "labels has 3 rows"),
-        (lambda: probe.similarity_histograms(unit(4), torch.arange(4)), "only one sort of pair"),
-        (lambda: probe.similarity_histograms(unit(4), torch.zeros(4)), "only one sort of pair"),
-        (lambda: probe.similarity_histograms(unit(4), torch.arange(4), bins=0), "bins is 0"),
-        (lambda: probe.overlap(np.ones(3), np.ones(3), np.ones(3)), "one more than bins"),
+        (lambda: geometry.alignment(unit(4), unit(5)), "equal shapes"),
+        (lambda: geometry.alignment(unit(4), unit(4), alpha=0), "alpha is 0"),
+        (lambda: geometry.alignment(unit(4), with_nan(unit(4))), "z2 has NaN"),
+        (lambda: geometry.uniformity(unit(1)), "1 row"),
+        (lambda: geometry.uniformity(unit(4), t=0), "t is 0"),
+        (lambda: geometry.similarity_histograms(unit(4), torch.arange(3)), "labels has 3 rows"),
+        (lambda: geometry.similarity_histograms(unit(4), torch.arange(4)), "only one sort of pair"),
+        (lambda: geometry.similarity_histograms(unit(4), torch.zeros(4)), "only one sort of pair"),
+        (lambda: geometry.similarity_histograms(unit(4), torch.arange(4), bins=0), "bins is 0"),
+        (lambda: geometry.overlap(np.ones(3), np.ones(3), np.ones(3)), "one more than bins"),
     ],
 )
 def test_geometry_refuses_what_cannot_be_measured(call, message):
