@@ -122,13 +122,17 @@ def _umap(
     knn = torch.cat(nearest).numpy(), (1 - torch.cat(cosine)).clamp(min=0).numpy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "precomputed_knn|IProgress not found")
-        from umap import UMAP  # slow to import: only who draws one waits
+        threads = torch.get_num_threads()  # UMAP sets torch's threads to all cores
+        try:
+            from umap import UMAP  # slow to import: only who draws one waits
 
-        reducer = UMAP(
-            n_neighbors=k, min_dist=dist, metric="cosine", precomputed_knn=knn,
-            init="spectral" if len(points) > 10 else "random", random_state=seed, n_jobs=1,
-        )  # fmt: skip
-        return np.asarray(reducer.fit_transform(points.numpy()))
+            reducer = UMAP(
+                n_neighbors=k, min_dist=dist, metric="cosine", precomputed_knn=knn,
+                init="spectral" if len(points) > 10 else "random", random_state=seed, n_jobs=1,
+            )  # fmt: skip
+            return np.asarray(reducer.fit_transform(points.numpy()))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _picture(picture: Picture) -> Array:

@@ -380,3 +380,9 @@ def test_no_figure_is_wider_than_a_page():
     grid = pictures.image_grid([[torch.zeros(3, 4, 4)] * 12])
     for fig in (grid, figures.histograms([("a", *h)] * 5)):
         assert fig.get_size_inches()[0] <= figures.WIDTH
+
+
+def test_drawing_embeddings_leaves_torchs_threads_alone():
+    torch.set_num_threads(1)
+    pictures.embeddings([cluster_panel()])
+    assert torch.get_num_threads() == 1
