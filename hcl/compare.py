@@ -93,6 +93,33 @@ def percent(table: pd.DataFrame, *, digits: int = 1) -> pd.DataFrame:
     return out.rename(columns={"n": "seeds"})
 
 
+def in_columns(table: pd.DataFrame, values: str, *, columns: Sequence[str]) -> pd.DataFrame:
+    """A long table as one to read: a row a label, in the order they come, and columns by others.
+
+    >>> long = pd.DataFrame({"label": ["b", "a"], "t": [0.5, 0.5], "x": ["1 ± 2", "3 ± 4"]})
+    >>> in_columns(long, "x", columns=["t"]).loc["b", 0.5]
+    '1 ± 2'
+    """
+    wide = table.pivot_table(values, "label", list(columns), aggfunc="first", sort=False)
+    order = [True] * (len(columns) - 1) + [False]  # the last one, as the temperature, falling
+    return (
+        wide.sort_index(axis=1, ascending=order if len(columns) > 1 else False)
+        .fillna("")
+        .rename_axis(None)
+    )
+
+
+def words(row: pd.Series) -> str:
+    """A row of :func:`paired`, of accuracies, as a phrase: how large, and is it beyond 2 se.
+
+    >>> words(pd.Series({"difference": 0.064, "se": 0.008, "n": 5}))
+    '+6.4 ± 0.8 points, n = 5 (**beyond** two standard errors)'
+    """
+    size = f"{100 * row['difference']:+.1f} ± {100 * row['se']:.1f} points, n = {row['n']:.0f}"
+    beyond = abs(row["difference"]) > 2 * row["se"]
+    return f"{size} ({'**beyond**' if beyond else 'within'} two standard errors)"
+
+
 def _check(df: pd.DataFrame, columns: Sequence[str]) -> None:
     if missing := [c for c in columns if c not in df.columns]:
         raise ValueError(f"column {missing[0]!r} is not in the table: {', '.join(df.columns)}")

@@ -2,7 +2,8 @@
 
 data -> two views -> encoder -> projection head -> loss -> Adam; then the probes, then a Record.
 Every epoch draws from a generator of its own, seeded by (seed, epoch), so a run that was killed
-continues from its last checkpoint exactly as if nothing had happened.
+continues from its last checkpoint exactly as if nothing had happened (on a CPU: with as many
+threads, for the order of a sum decides its last digit).
 """
 
 import inspect

@@ -5,7 +5,11 @@ import torch
 
 from hcl.runs import Run
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums of floats depend on the number of threads, and some libraries change it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import statistics
 import pandas as pd
 import pytest
 
-from hcl.compare import frame, label, paired, percent, summary
+from hcl.compare import frame, in_columns, label, paired, percent, summary, words
 from hcl.runs import Record
 
 
@@ -76,3 +76,19 @@ def test_percent_is_for_reading(table):
     assert shown.columns.tolist() == ["label", "temperature", "seeds", "mean ± sd"]
     gains = percent(paired(table, "knn", baseline={"label": "SimCLR"}, by=["label", "temperature"]))
     assert gains["difference ± se"].iloc[0] == "+6.0 ± 0.6"
+
+
+def test_in_columns_keeps_the_order_of_labels_and_puts_high_temperatures_first(table):
+    long = percent(summary(table, "knn", by=["label", "temperature"]))
+    wide = in_columns(long, "mean ± sd", columns=["temperature"])
+    assert wide.index.tolist() == ["SimCLR", "HCL β=1", "raw input"]
+    assert wide.columns.tolist() == [0.5, 0.2]
+    assert wide.loc["SimCLR", 0.2] == "61.5 ± 2.1"
+    missing = long[~((long.label == "raw input") & (long.temperature == 0.2))]
+    assert in_columns(missing, "mean ± sd", columns=["temperature"]).loc["raw input", 0.2] == ""
+
+
+def test_words_call_a_difference_what_it_is():
+    row = pd.Series({"difference": -0.012, "se": 0.007, "n": 3})
+    assert words(row) == "-1.2 ± 0.7 points, n = 3 (within two standard errors)"
+    assert "**beyond**" in words(row.replace(-0.012, -0.015))
