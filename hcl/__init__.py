@@ -1,6 +1,5 @@
 """Contrastive learning with hard negative samples: losses, trainers and the study behind them."""
 
-import os
 from pathlib import Path
 
 
@@ -8,8 +7,3 @@ def project_root() -> Path:
     """The checkout that holds book/ and data/; the current directory for an installed package."""
     checkout = Path(__file__).resolve().parent.parent
     return checkout if (checkout / "_toc.yml").exists() else Path.cwd()
-
-
-def data_root() -> Path:
-    """Where data sets lie: $HCL_DATA, or data/ of the project."""
-    return Path(os.environ.get("HCL_DATA") or project_root() / "data")

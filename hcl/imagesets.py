@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hcl import project_root
 from hcl.views import GENTLE, SIMCLR, Augmentation
 
 TINYIMAGENET = (
@@ -149,10 +150,8 @@ def source_of(name: str) -> Source:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """The folder of the data sets: `root`, $HCL_DATA, data/ of the checkout, or data/ here."""
-    checkout = Path(__file__).parents[1] / "data"
-    default = checkout if checkout.is_dir() else Path("data")
-    return Path(root or os.environ.get("HCL_DATA") or default).expanduser()
+    """The folder of the data sets: `root`, else $HCL_DATA, else data/ of the project."""
+    return Path(root or os.environ.get("HCL_DATA") or project_root() / "data").expanduser()
 
 
 def read(name: str, root: Path, seed: int) -> Splits:
