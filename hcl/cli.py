@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (KeyError, IndexError):
         raise  # ours, not the user's
-    except (ValueError, OSError, LookupError) as error:
+    except (ValueError, OSError, LookupError, ArithmeticError) as error:
         print(f"hcl: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -50,7 +50,11 @@ def summary(df: pd.DataFrame, metric: str, *, by: Sequence[str]) -> pd.DataFrame
     [['a', 0.6, 0.141, 2]]
     """
     _check(df, [metric, *by])
-    return df.groupby(list(by), sort=False)[metric].agg(["mean", "std", "count"]).reset_index()
+    return (
+        df.groupby(list(by), sort=False, dropna=False)[metric]
+        .agg(["mean", "std", "count"])
+        .reset_index()
+    )
 
 
 def paired(
@@ -69,6 +73,8 @@ def paired(
     [['b', 2.0, 1.0, 2]]
     """
     _check(df, [metric, "seed", *by, *baseline])
+    if apart := set(baseline) - set(by):
+        raise ValueError(f"baseline={dict(baseline)}: {sorted(apart)} must be among by={list(by)}")
     keys = [*by, "seed"]
     if df.duplicated(keys).any():
         raise ValueError(f"by={list(by)}: several runs of one seed fall into one group")
@@ -79,7 +85,7 @@ def paired(
     base = df[is_base].set_index(match)[metric].rename("base")
     both = df[~is_base].join(base, on=match, how="inner")
     both["difference"] = both[metric] - both["base"]
-    groups = both.groupby(list(by), sort=False)["difference"]
+    groups = both.groupby(list(by), sort=False, dropna=False)["difference"]
     return groups.agg(difference="mean", se="sem", n="count").reset_index()
 
 
@@ -116,6 +122,8 @@ def words(row: pd.Series) -> str:
     '+6.4 ± 0.8 points, n = 5 (**beyond** two standard errors)'
     """
     size = f"{100 * row['difference']:+.1f} ± {100 * row['se']:.1f} points, n = {row['n']:.0f}"
+    if not row["se"] >= 0:
+        return f"{100 * row['difference']:+.1f} points, one seed: no standard error"
     beyond = abs(row["difference"]) > 2 * row["se"]
     return f"{size} ({'**beyond**' if beyond else 'within'} two standard errors)"
 

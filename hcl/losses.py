@@ -176,7 +176,8 @@ class ContrastiveLoss(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
         """Two (B, d) views to the scalar mean loss of the 2B anchors."""
         return hard(
-            z1, z2, temperature=self.temperature, beta=self.beta, tau_plus=self.tau_plus,
+            z1, z2, temperature=self.temperature, tau_plus=self.tau_plus,
+            beta=self.beta if self.method == "hard" else 0.0,
             detach_weights=self.detach_weights, clamp=self.clamp, Q=self.Q,
             normalize=self.normalize,
         )  # fmt: skip
@@ -312,11 +313,12 @@ def _log_negatives(
         a = beta * (s.detach() if detach_weights else s)
         log_g = (s + a).logsumexp(dim=1) - a.logsumexp(dim=1)
     log_q = math.log(negatives if Q is None else Q)
-    if tau_plus == 0:  # a weighted mean of unit rows' terms never falls below the floor e^(-1/t)
+    if tau_plus == 0 and (clamp == "scaled" or log_q >= 0):
+        # a weighted mean of unit rows' terms never falls below e^(-1/t)
         return log_q + log_g, torch.zeros_like(log_g, dtype=torch.bool)
     floor = -1 / temperature - (log_q if clamp == "unscaled" else 0)
     # log(g - tau e^p) = log g + log(1 - e^gap)
-    gap = math.log(tau_plus) + p - log_g
+    gap = (math.log(tau_plus) if tau_plus else -math.inf) + p - log_g
     inside = gap < 0
     safe = gap.where(inside, -1.0)  # keeps NaN out of the branch that is not taken
     debiased_g = log_g + torch.log(-torch.expm1(safe)) - math.log1p(-tau_plus)

@@ -14,15 +14,9 @@ import torch
 
 from hcl import project_root
 
-SCIENCE = (
-    "losses",
-    "sphere",
-    "imagesets",
-    "views",
-    "vision",
-    "train",
-    "probe",
-)  # what a result depends on
+SCIENCE = (  # what a result depends on
+    "losses", "sphere", "imagesets", "views", "vision", "train", "probe", "geometry",
+)  # fmt: skip
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -52,7 +46,10 @@ def code_fingerprint() -> str:
 
 @cache
 def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import torch
 
 from hcl import project_root
 from hcl.atomic import whole_or_nothing
-from hcl.losses import METHODS, ContrastiveLoss
+from hcl.losses import METHODS, ContrastiveLoss, anneal_beta
 from hcl.provenance import code_fingerprint
 
 CACHE_STUDY = "quick"
@@ -31,8 +31,9 @@ CACHE_STUDY = "quick"
 class Run:
     """Everything that decides a training run; an impossible value is refused here.
 
-    A loss parameter that the method does not have is set to 0 (``nt_xent`` has neither beta nor
-    tau_plus, ``debiased`` no beta), so equal runs have equal digests.
+    A loss parameter that the method does not have is set to 0 or off (``nt_xent`` has neither
+    beta nor tau_plus, ``debiased`` no beta, and neither weights nor annealing), so equal runs have
+    equal digests.
 
     Args:
         study: folder of the store, lower case letters, digits and dashes.
@@ -94,9 +95,15 @@ class Run:
         if self.encoder == "raw" and self.epochs > 0:
             raise ValueError(f"epochs={self.epochs}: encoder 'raw' has nothing to train, use 0")
         ContrastiveLoss(self.method, **self.loss_args())  # refuses what the loss would refuse
-        for name, methods in (("beta", ("hard",)), ("tau_plus", ("hard", "debiased"))):
-            if self.method not in methods:
-                object.__setattr__(self, name, 0.0)
+        if self.anneal != "none" and self.epochs:
+            anneal_beta(self.beta, 1, self.epochs, schedule=self.anneal)  # type: ignore[arg-type]
+        absent: dict[str, Any] = {}
+        if self.method != "hard":
+            absent |= {"beta": 0.0, "detach_weights": False, "anneal": "none"}
+        if self.method == "nt_xent":
+            absent |= {"tau_plus": 0.0}
+        for name, value in absent.items():
+            object.__setattr__(self, name, value)
 
     def loss_args(self) -> dict[str, Any]:
         """The keyword arguments of :class:`hcl.losses.ContrastiveLoss`."""
@@ -131,6 +138,7 @@ class Record:
         history: one row per evaluated epoch (epoch, loss, knn).
         cost: seconds of training, images_per_second, peak_memory_bytes of the process or GPU.
         provenance: commit, clean tree or not, versions, device, threads, date, code fingerprint.
+        kept: of the test embeddings beside it, how many rows of how many, and their SHA-256.
     """
 
     run: Run
@@ -138,19 +146,24 @@ class Record:
     history: list[dict[str, float]]
     cost: dict[str, float]
     provenance: dict[str, Any]
+    kept: dict[str, Any] | None = None
     path: Path | None = field(default=None, compare=False)
 
     def embeddings(self) -> tuple[np.ndarray, np.ndarray]:
         """Kept test embeddings: z (m, d) float32 of unit rows, and labels (m,) int64.
 
-        Raises: FileNotFoundError: none were kept with this Record.
+        Raises: FileNotFoundError: none were kept with this Record; RecordError: the file beside
+        it is not the one that was recorded.
         """
-        kept = self.path.with_suffix(".npz") if self.path else None
-        if kept is None or not kept.exists():
+        beside = self.path.with_suffix(".npz") if self.path else None
+        if beside is None or self.kept is None or not beside.exists():
             raise FileNotFoundError(
-                f"Record {self.run.digest} keeps no embeddings: get(run, embeddings=1000) does"
+                f"Record {self.run.digest} of study {self.run.study} keeps no embeddings; a run "
+                "that is trained by get(run, embeddings=1000) does"
             )
-        with np.load(kept) as arrays:
+        if _file_sha(beside) != self.kept["sha256"]:
+            raise RecordError(f"{beside} was changed after it was recorded: restore it from git")
+        with np.load(beside) as arrays:
             return arrays["z"].astype(np.float32), arrays["labels"].astype(np.int64)
 
 
@@ -183,14 +196,15 @@ def get(
 ) -> Record:
     """The Record of a Run, from the store if it is there, else trained now and stored.
 
-    Args: embeddings: keep those of so many test points beside the Record (retrains a Record
-    without); missing: "refuse" raises instead of training.
+    Args: embeddings: keep those of so many test points beside the Record, when it is trained now
+    (a recorded Record is handed out as it was recorded; in the cache study, one with fewer is made
+    again); missing: "refuse" raises instead of training.
 
     Raises: MissingRecord: not recorded and ``missing="refuse"``; RecordError: a recorded file is
     damaged (never overwritten, except in the cache study).
     """
     record = _usable(run, path_of(run, store=store))
-    if record and (not embeddings or path_of(run, store=store).with_suffix(".npz").exists()):
+    if record and (run.study != CACHE_STUDY or _keeps(record, embeddings)):
         return record
     if missing == "refuse":
         raise MissingRecord(
@@ -199,6 +213,11 @@ def get(
     from hcl.train import train  # heavy, and train itself stores its Records here
 
     return train(run, store=store, embeddings=embeddings, progress=progress, device=device)
+
+
+def _keeps(record: Record, embeddings: int) -> bool:
+    kept = record.kept or {"rows": 0, "of": 1}
+    return bool(kept["rows"] >= min(embeddings, kept["of"]))
 
 
 def _usable(run: Run, path: Path) -> Record | None:
@@ -221,19 +240,36 @@ def _usable(run: Run, path: Path) -> Record | None:
 def save(
     record: Record, *, store: Path | None = None, arrays: Mapping[str, Any] | None = None
 ) -> Record:
-    """Write a Record (and its arrays) whole or not at all; hands back the Record with its path.
+    """Write a Record (and its arrays) whole or not at all; hands back the Record as it is stored.
+
+    Args: arrays: z (m, d) and labels (m,) to keep beside it, and ``of``, how many there were.
 
     Raises: OSError: the disk is full or not writable; what was recorded before is untouched.
     """
     path = path_of(record.run, store=store)
+    beside = path.with_suffix(".npz")
+    if not arrays:
+        record = replace(record, kept=None, path=path)
+        with whole_or_nothing(path) as part:
+            part.write_text(_text(record))
+        beside.unlink(missing_ok=True)  # of an earlier Record
+        return record
+    with whole_or_nothing(beside) as arrays_part, whole_or_nothing(path) as part:
+        with arrays_part.open("wb") as file:
+            np.savez_compressed(file, z=arrays["z"], labels=arrays["labels"])
+        kept = {"rows": len(arrays["z"]), "of": int(arrays["of"]), "sha256": _file_sha(arrays_part)}
+        record = replace(record, kept=kept, path=path)
+        part.write_text(_text(record))
+    return record
+
+
+def _text(record: Record) -> str:
     body = _body(record)
-    text = json.dumps({**body, "checksum": _sha(body)}, indent=1, allow_nan=False) + "\n"
-    if arrays:
-        with whole_or_nothing(path.with_suffix(".npz")) as part, part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    with whole_or_nothing(path) as part:
-        part.write_text(text)
-    return Record(**{**vars(record), "path": path})
+    return json.dumps({**body, "checksum": _sha(body)}, indent=1, allow_nan=False) + "\n"
+
+
+def _file_sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read(path: Path) -> Record:
@@ -253,8 +289,10 @@ def read(path: Path) -> Record:
         raise RecordError(f"{path} is no Record of this version ({error!r}): {remedy}") from error
     if checksum != _sha(body):
         raise RecordError(f"{path} was changed after it was recorded (checksum): {remedy}")
-    if path.stem != run.digest:
-        raise RecordError(f"{path} holds the Record of run {run.digest}: {remedy}")
+    if (path.parent.name, path.stem) != (run.study, run.digest):
+        raise RecordError(
+            f"{path} holds the Record of run {run.digest} of study {run.study}: {remedy}"
+        )
     return record
 
 
@@ -269,8 +307,10 @@ def verify(*, store: Path | None = None) -> list[str]:
     problems = []
     for path in _files(None, store):
         try:
-            read(path)
-        except RecordError as error:
+            record = read(path)
+            if record.kept:
+                record.embeddings()
+        except (RecordError, FileNotFoundError) as error:
             problems.append(str(error))
     return problems
 
@@ -291,6 +331,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r}: must be a mapping of the loader's options")
+    for key, option in value.items():
+        plain = type(option) in (int, str, bool) or (
+            type(option) is float and math.isfinite(option)
+        )
+        if not (isinstance(key, str) and plain):
+            raise ValueError(f"{name}={dict(value)!r}: names with an int, finite float or str each")
     return dict(value)
 
 

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def expand(base: Mapping[str, Any], grid: Iterable[Mapping[str, Any]]) -> list[R
         axes = [v if isinstance(v, list | tuple) else [v] for v in point.values()]
         for values in itertools.product(*axes):
             run = _run({**base, **dict(zip(point, values, strict=True))})
-            found.setdefault(run.digest, run)
+            found.setdefault(f"{run.study}/{run.digest}", run)
     return list(found.values())
 
 
@@ -62,9 +62,16 @@ def load_study(path: str | Path) -> list[Run]:
     """
     import yaml
 
-    body = yaml.safe_load(Path(path).read_text())
+    try:
+        body = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(body, dict) or set(body) - {"about"} != {"study", "base", "grid"}:
         raise ValueError(f"{path}: a study file has the keys study, base and grid (and about)")
+    grid = body["grid"]
+    lists = isinstance(grid, list) and all(isinstance(point, dict) for point in grid)
+    if not (isinstance(body["base"], dict) and lists):
+        raise ValueError(f"{path}: base must be a mapping and grid a list of mappings")
     try:
         return expand({"study": body["study"], **body["base"]}, body["grid"])
     except ValueError as error:
@@ -129,6 +136,8 @@ def _parallel(
                     bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():  # their checkpoints stay
+                worker.terminate()
             raise
 
 

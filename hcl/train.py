@@ -136,6 +136,7 @@ def train(
     if run.epochs and run.batch > len(data.x_train):
         raise ValueError(f"batch={run.batch}: {run.data} has {len(data.x_train)} training samples")
     model = build_model(run, data).to(where).to(memory_format=torch.channels_last)
+    made = provenance(where)  # now: nothing that could fail is left for after the training
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         seconds, history, loss = fit(
             run, model, data, runs.path_of(run, store=store).with_suffix(".checkpoint"),
@@ -150,9 +151,7 @@ def train(
         "images_per_second": round(seen / seconds, 1) if seconds else 0.0,
         "peak_memory_bytes": _peak_memory(where),
     }
-    record = Record(
-        run=run, metrics=metrics, history=history, cost=cost, provenance=provenance(where)
-    )
+    record = Record(run=run, metrics=metrics, history=history, cost=cost, provenance=made)
     record = runs.save(record, store=store, arrays=arrays)
     runs.path_of(run, store=store).with_suffix(".checkpoint").unlink(missing_ok=True)
     return record
@@ -189,7 +188,7 @@ def fit(
                 v1, v2 = data.views(x[rows], generator)
                 with torch.autocast(device.type, torch.bfloat16, run.precision == "bfloat16"):
                     z1, z2 = forward(torch.cat([v1, v2])).chunk(2)  # (B, out_dim) each
-                loss = loss_fn(z1, z2)
+                loss = _finite(loss_fn, z1, z2, epoch, run)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -205,11 +204,19 @@ def fit(
                     {"epoch": epoch, "loss": done["loss"], "knn": _accuracy(model, data)["knn"]}
                 )
             now = time.perf_counter()
-            if now - saved >= checkpoint_every and epoch < run.epochs:
+            last = epoch == run.epochs and now - started >= checkpoint_every
+            if now - saved >= checkpoint_every or last:
                 state = {**done, "seconds": done["seconds"] + now - started}
                 _checkpoint(run, checkpoint, state, model, optimizer, scheduler)
                 saved = time.perf_counter()
     return done["seconds"] + time.perf_counter() - started, done["history"], done["loss"]
+
+
+def _finite(loss_fn: nn.Module, z1: Tensor, z2: Tensor, epoch: int, run: Run) -> Tensor:
+    try:
+        return loss_fn(z1, z2)
+    except ValueError as error:  # what the losses say of embeddings that are not finite
+        raise FloatingPointError(f"training diverged in epoch {epoch} of {run}: {error}") from error
 
 
 def beta_in_epoch(run: Run, epoch: int) -> float:
@@ -243,7 +250,8 @@ def measure(
     if run.probe == "released":  # last: it moves the encoder's BatchNorm statistics
         metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
     kept = slice(0, min(embeddings, len(z)))
-    arrays = {"z": z[kept].half().cpu().numpy(), "labels": data.y_test[kept].cpu().numpy()}
+    labels = data.y_test[kept].cpu().numpy()
+    arrays = {"z": z[kept].half().cpu().numpy(), "labels": labels, "of": len(z)}
     return metrics, arrays if embeddings else {}
 
 
@@ -283,8 +291,8 @@ def _optimizer(
 
 def _checkpoint(run: Run, path: Path, done: dict[str, Any], *parts: Any) -> None:
     state = {"made_by": _made_by(run), "done": done, "parts": [p.state_dict() for p in parts]}
-    with whole_or_nothing(path) as part:
-        torch.save(state, part)
+    with whole_or_nothing(path) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 def _resume(run: Run, path: Path, *parts: Any) -> dict[str, Any]:

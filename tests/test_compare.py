@@ -92,3 +92,16 @@ def test_words_call_a_difference_what_it_is():
     row = pd.Series({"difference": -0.012, "se": 0.007, "n": 3})
     assert words(row) == "-1.2 ± 0.7 points, n = 3 (within two standard errors)"
     assert "**beyond**" in words(row.replace(-0.012, -0.015))
+
+
+def test_one_seed_gets_no_verdict():
+    assert words(pd.Series({"difference": 0.2, "se": math.nan, "n": 1})) == (
+        "+20.0 points, one seed: no standard error"
+    )
+
+
+def test_groups_without_a_value_are_kept_and_a_baseline_must_be_a_group():
+    df = pd.DataFrame({"label": ["a", "b"], "size": [8, math.nan], "seed": 0, "knn": [0.5, 0.6]})
+    assert summary(df, "knn", by=["label", "size"])["label"].tolist() == ["a", "b"]
+    with pytest.raises(ValueError, match=r"\['size'\] must be among by"):
+        paired(df, "knn", baseline={"size": 8}, by=["label"])

@@ -345,3 +345,17 @@ def test_losses_need_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_beta_on_a_module_without_hardness_does_nothing():
+    z1, z2 = views()
+    module = ContrastiveLoss("nt_xent")
+    module.beta = 2.0
+    assert torch.equal(module(z1, z2), nt_xent(z1, z2))
+
+
+def test_the_unscaled_floor_can_bind_without_a_prior():
+    z1 = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    ours = hard(z1, z1, tau_plus=0.0, Q=0.01, clamp="unscaled").item()
+    wanted = naive(z1.numpy(), z1.numpy(), tau=0.0, q_weight=0.01, clamp="unscaled")
+    assert ours == pytest.approx(wanted, abs=1e-12)

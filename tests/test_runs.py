@@ -22,6 +22,11 @@ def record_of(run, **changes):
     return Record(run=run, **{**values, **changes})
 
 
+def arrays_of(z):
+    z = np.asarray(z, dtype=np.float16)
+    return {"z": z, "labels": np.arange(len(z))[::-1], "of": 10}
+
+
 # Runs ---------------------------------------------------------------------------------------------
 
 
@@ -87,8 +92,7 @@ def test_a_record_comes_back_as_it_was(tiny):
 
 def test_embeddings_come_back_in_float32(tiny):
     z = np.array([[0.6, 0.8], [1.0, 0.0]])
-    arrays = {"z": z.astype(np.float16), "labels": np.array([1, 0], dtype=np.int64)}
-    saved = save(record_of(tiny(study="s")), arrays=arrays)
+    saved = save(record_of(tiny(study="s")), arrays=arrays_of(z))
     back, labels = read(saved.path).embeddings()
     assert back.dtype == np.float32
     np.testing.assert_allclose(back, z, atol=1e-3)
@@ -192,3 +196,79 @@ def test_asking_for_embeddings_trains_a_record_without_them(tiny):
 def test_provenance_says_what_made_it(tiny):
     made = get(tiny(), progress=False).provenance
     assert {"commit", "clean", "code", "python", "torch", "device", "threads", "date"} <= set(made)
+
+
+# Embeddings beside a Record -----------------------------------------------------------------------
+
+
+def test_embeddings_that_are_not_the_recorded_ones_are_refused(tiny):
+    saved = save(record_of(tiny(study="s")), arrays=arrays_of([[1, 0], [0, 1]]))
+    saved.path.with_suffix(".npz").write_bytes(b"PK junk")
+    with pytest.raises(RecordError, match="npz was changed"):
+        read(saved.path).embeddings()
+    assert "npz was changed" in verify()[0]
+    saved.path.with_suffix(".npz").unlink()
+    assert "keeps no embeddings" in verify()[0]
+
+
+def test_a_record_made_again_without_embeddings_leaves_no_old_ones(tiny):
+    old = save(record_of(tiny(study="quick")), arrays=arrays_of([[1, 0], [0, 1]]))
+    assert get(tiny(study="quick"), progress=False).kept is None  # made by other code: made again
+    assert not old.path.with_suffix(".npz").exists()
+
+
+def test_more_embeddings_than_kept_are_made_in_the_cache_and_never_elsewhere(tiny):
+    few = get(tiny(study="quick"), progress=False, embeddings=20)
+    assert few.embeddings()[0].shape == (20, 8)
+    assert get(tiny(study="quick"), progress=False, embeddings=10) == few
+    assert get(tiny(study="quick"), progress=False, embeddings=50).kept["rows"] == 50
+    assert get(tiny(study="quick"), progress=False, embeddings=5000).kept["rows"] == 100  # all
+    recorded = save(record_of(tiny(study="s")))
+    before = recorded.path.read_bytes()
+    assert get(tiny(study="s"), embeddings=20).metrics == recorded.metrics
+    assert recorded.path.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_old_embeddings_too(tiny):
+    first = save(record_of(tiny(study="s")), arrays=arrays_of([[1, 0], [0, 1]]))
+    bigger = record_of(tiny(study="s"), history=[{"epoch": e, "loss": 1.0} for e in range(5000)])
+    soft, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most))
+    try:
+        with pytest.raises(OSError, match="nothing recorded was changed"):
+            save(bigger, arrays=arrays_of([[0, 1]]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, most))
+    assert read(first.path).embeddings()[0].tolist() == [[1, 0], [0, 1]]
+    assert len(list(first.path.parent.iterdir())) == 2
+
+
+def test_a_record_of_another_study_is_refused(tiny):
+    path = save(record_of(tiny(study="quick"))).path
+    other = path.parent.with_name("lab") / path.name
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(RecordError, match="of study quick"):
+        get(tiny(study="lab"))
+
+
+def test_runs_that_cannot_end_are_refused_and_equal_runs_are_one(tiny):
+    with pytest.raises(ValueError, match="steps=9"):
+        tiny(anneal="paper", epochs=5)
+    plain = tiny(method="nt_xent", epochs=20).digest
+    assert tiny(method="nt_xent", epochs=20, anneal="paper").digest == plain
+    assert tiny(method="nt_xent", epochs=20, detach_weights=True).digest == plain
+    for args in ({"n_train": np.int64(200)}, {1: 2}, {"noise": float("nan")}):
+        with pytest.raises(ValueError, match="data_args="):
+            tiny(data_args=args)
+
+
+def test_a_machine_without_git_still_records(tiny, monkeypatch):
+    from hcl import provenance
+
+    provenance._git.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    try:
+        assert get(tiny(), progress=False).provenance["commit"] is None
+    finally:
+        provenance._git.cache_clear()

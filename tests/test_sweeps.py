@@ -1,5 +1,6 @@
 """Grids expand to Runs in order; a study is recorded once, by one process or several."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,11 @@ def test_bad_grids_name_what_is_wrong(study):
     study.write_text(STUDY.replace("grid:", "gird:"))
     with pytest.raises(ValueError, match=r"latent.yml: .*study, base and grid"):
         load_study(study)
+    for text, complaint in (("study: s\nbase:\ngrid:\n", "base must"), ("a: {", "not YAML"),
+                            ("study: s\nbase: {}\ngrid: [seed]", "list of mappings")):  # fmt: skip
+        study.write_text(text)
+        with pytest.raises(ValueError, match=complaint):
+            load_study(study)
     study.write_text(STUDY.replace("beta: [0.5, 1]", "beta: [-1]"))
     with pytest.raises(ValueError, match=r"latent.yml: beta=-1"):
         load_study(study)
@@ -99,15 +105,17 @@ if __name__ == "__main__":
 """
 
 
-def test_killing_a_sweep_leaves_no_worker_behind(tmp_path):
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_killing_a_sweep_leaves_no_worker_behind(tmp_path, sign):
     script = tmp_path / "sweep.py"
     script.write_text(SWEEP)
     sweep = subprocess.Popen([sys.executable, str(script), str(tmp_path / "store")])
     try:
         workers = _until(lambda: _workers(sweep.pid))
+        sweep.send_signal(sign)
+        sweep.wait(60)
     finally:
         sweep.kill()
-        sweep.wait()
     assert _until(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
 
 
