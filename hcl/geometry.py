@@ -57,7 +57,7 @@ def similarity_histograms(
     z: (n, d), normalised inside; labels: (n,).  Returns edges (bins + 1,) from -1 to 1 and two
     densities (bins,) in float64, each integrating to one.  Rows are taken `chunk` at a time.
 
-    Source: Robinson et al. 2021, histograms of Section 5.
+    Source: Robinson et al. 2021, as recalled (histograms of their embeddings).
     Raises: ValueError for NaN, lengths that differ, bins < 1, or labels without both sorts of pair.
 
     >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
