@@ -1,71 +1,93 @@
-r"""The contrastive losses, in log space, from two row log-sum-exps.
+r"""The contrastive losses: one objective, with another distribution over the negatives each.
 
-Every loss here is one objective with another distribution over the negatives. With unit vectors,
-:math:`s_{ij} = z_i^\top z_j / t`, the positive's score :math:`p_i`, the M = 2B - 2 negatives of an
-anchor (both views of every other image) and log-weights :math:`a_{ij}`:
+With unit vectors, scores :math:`s_{ij} = \langle z_i, z_j \rangle / t`, a positive's score p, an
+anchor's M negatives and their log-weights :math:`a_{ij}`:
 
 .. math::
     g_i = \sum_j q_{ij} e^{s_{ij}}, \quad q_i = \mathrm{softmax}(a_i), \qquad
-    \mathrm{Ng}_i = \max\Big\{\frac{Q g_i - \tau^+ Q e^{p_i}}{1 - \tau^+}, Q e^{-1/t}\Big\}, \qquad
-    \ell_i = \log\Big(1 + \frac{\mathrm{Ng}_i}{e^{p_i}}\Big).
+    \mathrm{Ng}_i = \max\Big\{\frac{Q g_i - \tau^+ Q e^{p}}{1 - \tau^+}, Q e^{-1/t}\Big\}, \qquad
+    \ell_i = \log\Big(1 + \frac{\mathrm{Ng}_i}{e^{p}}\Big).
 
-==========  ==================  ==========
-loss        :math:`a_{ij}`      tau_plus
-==========  ==================  ==========
-nt_xent     0                   0
-debiased    0                   > 0
-hard        beta * s_ij         >= 0
-==========  ==================  ==========
+==========  ================  ===================  ========  =======================================
+loss        negatives         :math:`a_{ij}`       tau_plus  positives
+==========  ================  ===================  ========  =======================================
+nt_xent     all other views   0                    0         the other view
+decoupled   all other views   0                    0         the other view, not in the denominator
+debiased    all other views   0                    > 0       the other view
+hard        all other views   :math:`\beta s`      >= 0      the other view
+scl         other labels      0                    0         same label, each its own denominator
+hard_scl    other labels      :math:`\beta s`      0         same label, each its own denominator
+supcon      other labels      0                    0         same label, all in the denominator
+schane      other labels      :math:`\beta s`      0         same label, all in the denominator
+weighted    as you say        as you say           >= 0      the other view
+==========  ================  ===================  ========  =======================================
 
-Only torch is imported, so this module can be used in any trainer.
+Each is computed in log space from row log-sum-exps (:mod:`hcl.rowstats`) in O(N d) memory:
+:math:`\log M g_i = \log M + \mathrm{LSE}_j((1 + \beta) s_{ij}) - \mathrm{LSE}_j(\beta s_{ij})`.
+
+All of them take the options of :class:`hcl.negatives.Among` as keywords: ``normalize``,
+``cross_modal``, ``queue``, ``synthetic``, ``gather``, ``engine``, ``precision``. All return a
+scalar, float64 for float64 embeddings and float32 otherwise, also under autocast, and raise
+
+* ValueError: a parameter out of its range, shapes or devices that do not fit, a batch without
+  negatives, NaN or infinity (looked for on a CPU; on a GPU that would wait for the device);
+* TypeError: embeddings that are not floating point or of two dtypes, labels that are not integers.
+
+Only torch and numpy are imported, so the losses can be used in any trainer.
 """
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hcl import checks
+from hcl.negatives import Among, Batch, Unlabelled
+
 Clamp = Literal["scaled", "unscaled"]
-METHODS = ("nt_xent", "debiased", "hard")
+Debias = Literal["released", "separate"]
+Temperature = float | Tensor
 
 
-def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5, normalize: bool = True) -> Tensor:
+def nt_xent(
+    z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.5, **among: Unpack[Among]
+) -> Tensor:
     r"""NT-Xent, the loss of SimCLR: every other view in the batch is an equally likely negative.
 
     .. math:: \ell_i = -\log \frac{e^{p_i}}{e^{p_i} + \sum_j e^{s_{ij}}}
 
     Args:
         z1, z2: (B, d) floating point, B >= 2; row i of one is the positive of row i of the other.
-        temperature: t > 0, divides the cosine similarities.
-        normalize: divide each row by its L2 norm first.
+            float16 and bfloat16 are computed in float32 on a CPU, with products of 16 bits and
+            sums of 32 on a GPU.
+        temperature: t > 0, divides the cosine similarities; a tensor of one element may learn.
+        among: see the docstring of this module, as for the result and the errors.
 
-    Returns:
-        Scalar, the mean over the 2B anchors; float64 for float64 input, float32 otherwise.
+    Returns: scalar, the mean over the 2B anchors.
 
-    Raises:
-        ValueError: shapes that differ, fewer than two rows, NaN or infinity, temperature <= 0.
-        TypeError: embeddings that are not floating point.
-
-    Source: Chen et al. 2020 (SimCLR), Eq. 1.
+    Source: Chen et al. 2020 (SimCLR), Eq. 1; with ``cross_modal``, Radford et al. 2021 (CLIP).
 
     >>> z = torch.eye(2)
     >>> round(nt_xent(z, z, temperature=0.5).item(), 4)  # log(1 + 2 e^0 / e^2)
     0.2395
     """
-    return hard(z1, z2, temperature=temperature, beta=0.0, tau_plus=0.0, normalize=normalize)
+    batch = Batch(z1, z2, temperature, **among)
+    (log_sum,) = batch.log_sums(1.0)
+    return batch.mean(_softplus(log_sum - batch.positives))
 
 
 def debiased(
     z1: Tensor,
     z2: Tensor,
     *,
-    temperature: float = 0.5,
+    temperature: Temperature = 0.5,
     tau_plus: float = 0.1,
     clamp: Clamp = "scaled",
     Q: float | None = None,
-    normalize: bool = True,
+    **among: Unpack[Among],
 ) -> Tensor:
     """Debiased contrastive loss with one positive (M = 1): subtracts the expected false negatives.
 
@@ -78,22 +100,22 @@ def debiased(
     True
     """
     return hard(
-        z1, z2, temperature=temperature, beta=0.0, tau_plus=tau_plus, clamp=clamp, Q=Q,
-        normalize=normalize,
-    )  # fmt: skip
+        z1, z2, temperature=temperature, beta=0.0, tau_plus=tau_plus, clamp=clamp, Q=Q, **among
+    )
 
 
 def hard(
     z1: Tensor,
     z2: Tensor,
     *,
-    temperature: float = 0.5,
+    temperature: Temperature = 0.5,
     beta: float = 1.0,
     tau_plus: float = 0.1,
     detach_weights: bool = False,
+    debias: Debias = "released",
     clamp: Clamp = "scaled",
     Q: float | None = None,
-    normalize: bool = True,
+    **among: Unpack[Among],
 ) -> Tensor:
     r"""HCL: negatives weighted by their similarity to the anchor, and debiased.
 
@@ -104,47 +126,293 @@ def hard(
         q_{ij} \propto e^{\beta s_{ij}} .
 
     Args:
-        z1, z2: (B, d) floating point, B >= 2; row i of one is the positive of row i of the other.
-            float16 and bfloat16 are computed in float32, also under autocast.
-        temperature: t > 0. The weights tilt by beta * cosine / t, as the released code does.
+        z1, z2, temperature, among: as in :func:`nt_xent`. The weights tilt by beta * cosine / t, as
+            the released code does.
         beta: hardness >= 0. Zero weighs all negatives alike.
         tau_plus: class prior in [0, 1): the assumed share of false negatives.
         detach_weights: stop the gradient through the weights q (the released code does not).
+        debias: "released" is the formula above, which takes the share of false negatives under
+            the weights q for tau_plus. It is :math:`\tau^+ Z^+ / Z` there, with Z and
+            :math:`Z^+` the means of :math:`e^{\beta s}` over all and over false negatives:
+
+            .. math::
+                \frac{\mathbb E[e^{(1+\beta)s}]}{\mathbb E[e^{\beta s}]} =
+                \frac{\tau^+ \mathbb E^+[e^{(1+\beta)s}] + \tau^- \mathbb E^-[e^{(1+\beta)s}]}
+                     {\tau^+ \mathbb E^+[e^{\beta s}] + \tau^- \mathbb E^-[e^{\beta s}]} .
+
+            "separate" subtracts from both sums and so recovers the tilted mean over true
+            negatives. With A and C the sums of :math:`e^{(1+\beta)s}` and :math:`e^{\beta s}`,
+
+            .. math:: \mathrm{Ng} = Q\, \frac{A / M - \tau^+ e^{(1+\beta)p}}
+                                           {C / M - \tau^+ e^{\beta p}},
+
+            numerator and denominator no less than :math:`\tau^- e^{-(1+\beta)/t}` and
+            :math:`\tau^- e^{-\beta/t}`, their least values for unit rows, and Ng no more than
+            :math:`Q e^{1/t}`. The two agree at beta = 0.
         clamp: floor of Ng: "scaled" is Q e^(-1/t), as released; "unscaled" is e^(-1/t), as the
             paper's pseudo-code prints it.
-        Q: weight on the negatives; None is their number 2B - 2, as released.
-        normalize: divide each row by its L2 norm first. The floor assumes unit rows.
+        Q: weight on the negatives; None is their number, 2B - 2, as released.
 
-    Returns:
-        Scalar, the mean over the 2B anchors; float64 for float64 input, float32 otherwise.
-
-    Raises:
-        ValueError: an argument out of its range, shapes that differ, fewer than two rows, NaN or
-            infinity in z1 or z2 (looked for on a CPU; on a GPU that would wait for the device).
-        TypeError: embeddings that are not floating point.
+    Returns: scalar, the mean over the 2B anchors.
 
     Source: Robinson et al. 2021 (HCL), the objective of Section 3 with M = 1 positive, and the
-    released image code's constants.
+    released image code's constants; debias="separate" is our derivation.
 
     >>> z1, z2 = torch.randn(8, 16), torch.randn(8, 16)
     >>> torch.equal(hard(z1, z2, beta=0.0, tau_plus=0.0), nt_xent(z1, z2))
     True
     """
-    s, p = _scores(z1, z2, temperature, normalize)
-    log_ng, _ = _log_negatives(s, p, temperature, beta, tau_plus, detach_weights, clamp, Q)
-    return -F.logsigmoid(p - log_ng).mean()  # logsigmoid: exact at both ends, unlike softplus
+    _check_debias(beta, tau_plus, debias, clamp, Q)
+    batch = Batch(z1, z2, temperature, **among)
+    log_ng, _ = _log_ng(batch, beta, tau_plus, detach_weights, debias, clamp, Q)
+    return batch.mean(_softplus(log_ng - batch.positives))
+
+
+def decoupled(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    sigma: float | None = None,
+    **among: Unpack[Among],
+) -> Tensor:
+    r"""Decoupled contrastive loss: the positive leaves the denominator.
+
+    .. math:: \ell_i = -w_i p_i + \log \sum_j e^{s_{ij}}, \qquad
+              w_i = 2 - B\, \mathrm{softmax}_i(t p_i / \sigma)
+
+    Args:
+        z1, z2, temperature, among: as in :func:`nt_xent`.
+        sigma: > 0, of the weights over the B pairs, which have no gradient; None weighs all by 1.
+
+    Source: Yeh et al. 2022 (Decoupled Contrastive Learning), DCL and DCLW.
+
+    >>> z = torch.eye(2)
+    >>> round(decoupled(z, z, temperature=0.5).item(), 4)  # -2 + log(2 e^0)
+    -1.3069
+    """
+    if sigma is not None:
+        checks.number("sigma", sigma, "must be positive (the paper uses 0.5), or None", above=0)
+    batch = Batch(z1, z2, temperature, **among)
+    (log_sum,) = batch.log_sums(1.0)
+    if sigma is None:
+        return batch.mean(log_sum - batch.positives)
+    with torch.no_grad():  # each pair is two anchors of one score: 2B softmax over 2B is B over B
+        e = torch.exp(batch.positives * (batch.temperature / sigma) - 1 / sigma)
+        weight = 2 - e / batch.mean(e)
+    return batch.mean(log_sum - weight * batch.positives)
+
+
+def scl(
+    z1: Tensor, z2: Tensor | None, labels: Tensor, *, temperature: Temperature = 0.5,
+    Q: float | Literal["negatives"] | None = None, unlabelled: Unlabelled = "negative",
+    **among: Unpack[Among],
+) -> Tensor:  # fmt: skip
+    """SCL: negatives are the views of other labels, all weighted alike.
+
+    :func:`hard_scl` with beta = 0; arguments, shapes and errors are explained there.
+
+    Source: Jiang et al. 2022 (H-SCL), the released code's ``easy`` estimator.
+
+    >>> z, labels = torch.eye(4, 8), torch.arange(4)
+    >>> torch.allclose(scl(z, z, labels), nt_xent(z, z))  # every image its own class
+    True
+    """
+    return hard_scl(
+        z1, z2, labels, temperature=temperature, beta=0.0, Q=Q, unlabelled=unlabelled, **among
+    )
+
+
+def hard_scl(
+    z1: Tensor,
+    z2: Tensor | None,
+    labels: Tensor,
+    *,
+    temperature: Temperature = 0.5,
+    beta: float = 1.0,
+    detach_weights: bool = False,
+    Q: float | Literal["negatives"] | None = None,
+    unlabelled: Unlabelled = "negative",
+    **among: Unpack[Among],
+) -> Tensor:
+    r"""H-SCL: hard negatives among the views of other labels, a denominator for each positive.
+
+    .. math::
+        \mathcal L = \frac{1}{\sum_i |P(i)|} \sum_i \sum_{p \in P(i)}
+        \log\Big(1 + \frac{Q \sum_j q_{ij} e^{s_{ij}}}{e^{s_{ip}}}\Big), \qquad
+        q_{ij} \propto e^{\beta s_{ij}}
+
+    with j over the views of other labels and P(i) the other views of the same label. The mean is
+    over pairs, so anchors of large classes count more.
+
+    Args:
+        z1, z2, temperature, among: as in :func:`nt_xent`; z2 may be None: one view of each image.
+        labels: (B,) integers, on the device of z1. They may repeat.
+        beta, detach_weights: as in :func:`hard`.
+        Q: weight on the negatives; None is the number of other candidates, 2B - 2, as released;
+            "negatives" is the number of those of other labels.
+        unlabelled: an image of label -1 is a class of its own, so a negative of all others
+            ("negative"), or left out ("ignore").
+
+    Returns:
+        Scalar. Pairs whose anchor has no negatives are 0; without any pair the loss is 0.
+
+    Source: Jiang et al. 2022 (H-SCL), the released code; Q = "negatives" is our reading.
+
+    >>> z, labels = torch.eye(4, 8), torch.tensor([0, 0, 1, 1])
+    >>> round(hard_scl(z, z, labels).item(), 4)
+    1.4954
+    """
+    _check_debias(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q)
+    batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
+    log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
+    log_q = _log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
+    log_ng = log_a - log_c + log_q
+
+    def each(s: Tensor, positive: Tensor, log_ng: Tensor) -> Tensor:
+        return (_softplus(log_ng[:, None].to(s) - s) * positive).sum(dim=1)
+
+    sums = batch.over_positives(each, log_ng)
+    pairs = batch.companions.to(sums)
+    return batch.mean(sums / pairs.clamp(min=1), weight=pairs)
+
+
+def supcon(
+    z1: Tensor, z2: Tensor | None, labels: Tensor, *, temperature: Temperature = 0.5,
+    unlabelled: Unlabelled = "negative", **among: Unpack[Among],
+) -> Tensor:  # fmt: skip
+    r"""SupCon: all other views in the denominator, the mean over positives outside the logarithm.
+
+    .. math:: \ell_i = \log \sum_{a \ne i} e^{s_{ia}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}
+
+    Args: as in :func:`hard_scl`.
+
+    Returns:
+        Scalar, the mean over the anchors that have a positive; 0 without any. The reference code
+        multiplies by t / 0.07; this does not.
+
+    Source: Khosla et al. 2020 (SupCon), Eq. 2.
+
+    >>> z = torch.eye(4, 8)
+    >>> torch.allclose(supcon(z, z, torch.arange(4)), nt_xent(z, z))  # every image its own class
+    True
+    """
+    batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
+    (log_sum,) = batch.log_sums(1.0, everyone=True)
+    some = batch.companions > 0
+    return batch.mean((log_sum - batch.positive_mean()).where(some, 0.0), weight=some)
+
+
+def schane(
+    z1: Tensor,
+    z2: Tensor | None,
+    labels: Tensor,
+    *,
+    temperature: Temperature = 0.5,
+    beta: float = 1.0,
+    detach_weights: bool = False,
+    unlabelled: Unlabelled = "negative",
+    **among: Unpack[Among],
+) -> Tensor:
+    r"""SCHaNe's contrastive term: SupCon whose negatives of other labels are weighted.
+
+    .. math::
+        \ell_i = \log \Big( \sum_{p \in P(i)} e^{s_{ip}} + |N(i)| \sum_j q_{ij} e^{s_{ij}} \Big)
+        - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}, \qquad q_{ij} \propto e^{\beta s_{ij}}
+
+    Args: as in :func:`hard_scl`; the paper's weights are those of beta = 1.
+
+    Returns: scalar, the mean over the anchors that have a positive; 0 without any.
+
+    Source: Long et al. 2023 (SCHaNe), our reading of an ambiguous formula; the mean over anchors,
+    where the paper writes a sum, is ours.
+
+    >>> z, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, -1])
+    >>> torch.allclose(schane(z, z, labels, beta=0.0), supcon(z, z, labels))
+    True
+    """
+    _check_debias(beta, 0.0, "released", "scaled", None)
+    batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
+    log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
+    log_ng = log_a - log_c + _log_count(batch.negatives)
+
+    def positives(s: Tensor, positive: Tensor) -> Tensor:
+        s = s.masked_fill(~positive, -math.inf)
+        alone = ~positive.any(dim=1)
+        return s.masked_fill(alone[:, None], 0.0).logsumexp(dim=1).masked_fill(alone, -math.inf)
+
+    some = batch.companions > 0
+    both = torch.logaddexp(batch.over_positives(positives).to(log_ng), log_ng).where(some, 0.0)
+    return batch.mean((both - batch.positive_mean()).where(some, 0.0), weight=some)
+
+
+def weighted(
+    z1: Tensor,
+    z2: Tensor,
+    log_weights: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    temperature: Temperature = 0.5,
+    tau_plus: float = 0.0,
+    clamp: Clamp = "scaled",
+    Q: float | None = None,
+    **among: Unpack[Among],
+) -> Tensor:
+    r"""Any weights over any negatives: the objective of this module with log-weights of your own.
+
+    Args:
+        z1, z2, temperature, among: as in :func:`nt_xent`.
+        log_weights: ``log_weights(s, i, j)`` gets scores s (r, c) and the indices of their anchors
+            i (r,) and candidates j (c,) in ``cat([z1, z2])``, then the queue, then the synthetic
+            negatives; it returns :math:`a_{ij}` (r, c), -inf where j is no negative of i. Anchors
+            and their other views are left out whatever it returns. Gradients flow through s, not
+            through other tensors that it uses; a constant goes in through ``s.detach()``. It is
+            called on strips of rows, and again in the backward pass.
+        tau_plus, clamp: as in :func:`hard`.
+        Q: weight on the negatives; None is the number an anchor has.
+
+    Returns: scalar, the mean over the 2B anchors; those without negatives count 0.
+
+    Source: our reading: the common form of the methods in this book.
+
+    >>> z1, z2 = torch.randn(8, 16), torch.randn(8, 16)
+    >>> ours = weighted(z1, z2, lambda s, i, j: 2.0 * s, tau_plus=0.1)
+    >>> torch.allclose(ours, hard(z1, z2, beta=2.0, tau_plus=0.1))
+    True
+    """
+    _check_debias(0.0, tau_plus, "released", clamp, Q)
+    batch = Batch(z1, z2, temperature, **among)
+
+    def strip(s: Tensor, excluded: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        a = log_weights(s, i, j)
+        if a.shape != s.shape:
+            raise ValueError(f"log_weights returned {tuple(a.shape)} for scores {tuple(s.shape)}")
+        a = a.masked_fill(excluded, -math.inf)
+        count = (a > -math.inf).sum(dim=1)
+        a = a.masked_fill(count[:, None] == 0, 0.0)  # -inf throughout would give NaN
+        log_g = (s + a).logsumexp(dim=1) - a.logsumexp(dim=1)
+        return torch.stack([log_g, count.to(s)], dim=1)
+
+    log_g, count = batch.over_negatives(strip).to(batch.positives).unbind(dim=1)
+    log_q = _log_count(count) if Q is None else torch.full_like(log_g, math.log(Q))
+    log_g = log_g.where(count > 0, -math.inf)
+    log_ng, _ = _debiased(log_g, batch.positives, batch.temperature, tau_plus, clamp, log_q)
+    return batch.mean(_softplus(log_ng - batch.positives))
 
 
 class ContrastiveLoss(nn.Module):
-    """The losses of this module behind one name: ``loss(z1, z2)``.
+    """The losses of this module behind one name: ``loss(z1, z2, labels=None)``.
 
-    ``beta`` is a plain attribute, so a trainer may anneal it (:func:`anneal_beta`). ``labels`` is
-    accepted so that unsupervised and supervised losses share a signature; these ignore it.
+    ``beta`` is a plain attribute, so a trainer may anneal it (:func:`anneal_beta`). Supervised and
+    unsupervised losses share the signature: the latter ignore ``labels``.
 
-    Args: method, one of ``METHODS``; the others as in :func:`hard`, each used where the method
-    has it.
+    Args:
+        method: one of ``METHODS``.
+        temperature, beta, tau_plus, detach_weights, debias, clamp, Q, sigma, unlabelled: as in the
+            functions, used where the method has them. A temperature that is a Parameter learns.
+        among: options of :class:`hcl.negatives.Among` but ``queue`` and ``synthetic``, which change
+            from call to call and are given to it.
 
-    Raises: ValueError: an unknown method or an argument out of its range, at construction.
+    Raises: ValueError, TypeError: an unknown method or an argument out of range, at construction.
 
     >>> loss = ContrastiveLoss("hard", beta=2.0)
     >>> loss(torch.randn(4, 8), torch.randn(4, 8)).ndim
@@ -155,38 +423,67 @@ class ContrastiveLoss(nn.Module):
         self,
         method: str = "hard",
         *,
-        temperature: float = 0.5,
+        temperature: Temperature = 0.5,
         beta: float = 1.0,
         tau_plus: float = 0.1,
         detach_weights: bool = False,
+        debias: Debias = "released",
         clamp: Clamp = "scaled",
-        Q: float | None = None,
-        normalize: bool = True,
+        Q: float | Literal["negatives"] | None = None,
+        sigma: float | None = None,
+        unlabelled: Unlabelled = "negative",
+        **among: Unpack[Among],
     ):
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
-        _check_parameters(temperature, beta, tau_plus, clamp, Q)
-        self.method = method
-        self.temperature, self.normalize = temperature, normalize
-        self.beta = beta if method == "hard" else 0.0
-        self.tau_plus = tau_plus if method != "nt_xent" else 0.0
-        self.detach_weights, self.clamp, self.Q = detach_weights, clamp, Q
+        checks.choice("method", method, METHODS)
+        wanted = "must be positive (the papers use 0.5)"
+        checks.number("temperature", temperature, wanted, above=0)
+        _check_debias(beta, tau_plus, debias, clamp, None if Q == "negatives" else Q)
+        checks.options(among)
+        if Q == "negatives" and "labels" not in _ARGUMENTS[method]:
+            raise ValueError(f"Q='negatives': {method} has no labels; a number, or None")
+        self.method, self.temperature, self.beta = method, temperature, beta
+        if "beta" not in _ARGUMENTS[method]:
+            self.beta = 0.0
+        self.settings = {
+            "tau_plus": tau_plus, "detach_weights": detach_weights, "debias": debias,
+            "clamp": clamp, "Q": Q, "sigma": sigma, "unlabelled": unlabelled,
+        }  # fmt: skip
+        self.among = among
 
-    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Two (B, d) views to the scalar mean loss of the 2B anchors."""
-        return hard(
-            z1, z2, temperature=self.temperature, tau_plus=self.tau_plus,
-            beta=self.beta if self.method == "hard" else 0.0,
-            detach_weights=self.detach_weights, clamp=self.clamp, Q=self.Q,
-            normalize=self.normalize,
-        )  # fmt: skip
+    def forward(
+        self, z1: Tensor, z2: Tensor | None, labels: Tensor | None = None, **among: Unpack[Among]
+    ) -> Tensor:
+        """Two (B, d) views, and (B,) labels where the method has them, to the scalar loss."""
+        names = _ARGUMENTS[self.method]
+        given: dict[str, Any] = {**self.settings, "beta": self.beta, "labels": labels}
+        if "labels" in names and labels is None:
+            raise ValueError(f"labels=None: {self.method} needs a (B,) tensor of integers")
+        chosen = {name: given[name] for name in names}
+        loss: Tensor = globals()[self.method](
+            z1, z2, temperature=self.temperature, **chosen, **{**self.among, **among}
+        )
+        return loss
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.method}, temperature={self.temperature}, beta={self.beta}, "
-            f"tau_plus={self.tau_plus}, detach_weights={self.detach_weights}"
-        )
+        names = [n for n in _ARGUMENTS[self.method] if n not in ("labels", "beta")]
+        values = {"temperature": self.temperature, "beta": self.beta} | {
+            name: self.settings[name] for name in names
+        }
+        return ", ".join([self.method, *(f"{name}={value}" for name, value in values.items())])
+
+
+_ARGUMENTS = {  # those each method has, beside the temperature
+    "nt_xent": (),
+    "decoupled": ("sigma",),
+    "debiased": ("tau_plus", "clamp", "Q"),
+    "hard": ("beta", "tau_plus", "detach_weights", "debias", "clamp", "Q"),
+    "scl": ("labels", "Q", "unlabelled"),
+    "hard_scl": ("labels", "beta", "detach_weights", "Q", "unlabelled"),
+    "supcon": ("labels", "unlabelled"),
+    "schane": ("labels", "beta", "detach_weights", "unlabelled"),
+}
+METHODS = tuple(_ARGUMENTS)
 
 
 def anneal_beta(
@@ -235,7 +532,7 @@ def negative_weights(
 
     Returns:
         (2B, 2B): rows are the anchors of z1, then of z2; each sums to one; an anchor's own column
-        and its positive's are zero.
+        and its positive's are zero. The one function here that makes the whole matrix.
 
     Raises: as :func:`hard`. Source: Robinson et al. 2021, the sampling distribution q_beta.
 
@@ -243,10 +540,12 @@ def negative_weights(
     >>> q[0]
     tensor([0.0000, 0.2500, 0.2500, 0.0000, 0.2500, 0.2500])
     """
-    _check_parameters(temperature, beta, 0.0, "scaled", None)
-    s, _ = _scores(z1, z2, temperature, normalize)
-    allowed = s > -math.inf
-    return torch.where(allowed, beta * s.where(allowed, 0), -math.inf).softmax(dim=1)
+    checks.tilt(beta)
+    batch = Batch(z1, z2, temperature, normalize=normalize)
+    (side,) = batch.sides
+    a = beta / temperature * side.x @ side.x.T
+    q = a.masked_fill(side.own[:, None] == side.own, -math.inf).softmax(dim=1)
+    return torch.empty_like(q).index_put_((batch.rows(side)[:, None], batch.cols(side)), q)
 
 
 @torch.no_grad()
@@ -257,107 +556,116 @@ def clamp_share(
     temperature: float = 0.5,
     beta: float = 1.0,
     tau_plus: float = 0.1,
+    debias: Debias = "released",
     clamp: Clamp = "scaled",
     Q: float | None = None,
-    normalize: bool = True,
+    **among: Unpack[Among],
 ) -> float:
     """Share of anchors, in [0, 1], whose clamp binds: their negatives receive no gradient.
 
-    Arguments and errors as in :func:`hard`. Source: our reading of the released clamp.
+    With debias="separate", those with any of its clamps. Arguments and errors as in :func:`hard`.
+
+    Source: our reading of the released clamp.
 
     >>> z = torch.nn.functional.normalize(torch.randn(64, 128), dim=1)
     >>> clamp_share(z, z, temperature=0.1, beta=0.0, tau_plus=0.1)  # aligned, small temperature
     1.0
     """
-    s, p = _scores(z1, z2, temperature, normalize)
-    _, bound = _log_negatives(s, p, temperature, beta, tau_plus, False, clamp, Q)
-    return bound.float().mean().item()
+    _check_debias(beta, tau_plus, debias, clamp, Q)
+    batch = Batch(z1, z2, temperature, **among)
+    _, bound = _log_ng(batch, beta, tau_plus, False, debias, clamp, Q)
+    return batch.mean(bound.to(batch.positives)).item()
 
 
-# The two pieces every loss is made of ------------------------------------------------------------
+# The pieces they are made of ----------------------------------------------------------------------
 
 
-def _scores(z1: Tensor, z2: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Negatives' scores (2B, 2B), -inf at the anchor itself and its positive; positives' (2B,)."""
-    _check_embeddings(z1, z2)
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive (the papers use 0.5)")
-    with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([z1, z2])  # (2B, d)
-        z = z if z.dtype == torch.float64 else z.float()
-        z = F.normalize(z, dim=1) if normalize else z
-        n = len(z1)
-        p = (z * z.roll(n, dims=0)).sum(dim=1) / temperature  # (2B,)
-        s = z @ z.T / temperature  # (2B, 2B)
-        row = torch.arange(2 * n, device=z.device)
-        excluded = (row[:, None] - row[None, :]) % n == 0
-        return s.masked_fill(excluded, -math.inf), p
-
-
-def _log_negatives(
-    s: Tensor,
-    p: Tensor,
-    temperature: float,
-    beta: float,
-    tau_plus: float,
-    detach_weights: bool,
-    clamp: Clamp,
-    Q: float | None,
-) -> tuple[Tensor, Tensor]:
-    """log Ng (2B,) and where the clamp decides it (2B,) bool."""
-    _check_parameters(temperature, beta, tau_plus, clamp, Q)
-    negatives = len(s) - 2
+def _log_tilted_sums(
+    batch: Batch, beta: float, detach_weights: bool
+) -> tuple[Tensor, Tensor | float]:
+    """Logarithms of A, the sum of e^((1 + beta) s), and C, of e^(beta s), over the negatives."""
     if beta == 0:
-        log_g = s.logsumexp(dim=1) - math.log(negatives)
-    else:
-        a = beta * (s.detach() if detach_weights else s)
-        log_g = (s + a).logsumexp(dim=1) - a.logsumexp(dim=1)
-    log_q = math.log(negatives if Q is None else Q)
-    if tau_plus == 0 and (clamp == "scaled" or log_q >= 0):
+        return batch.log_sums(1.0)[0], _log_count(batch.negatives)
+    log_a, log_c = batch.log_sums(1 + beta, beta)
+    none = log_a == -math.inf  # without negatives A / C is 0
+    log_a, log_c = log_a.masked_fill(none, 0.0), log_c.masked_fill(none, 0.0)
+    if (
+        detach_weights
+    ):  # d log A / ds is (1 + beta) times the softmax, of which beta is the weights'
+        attached = log_a / (1 + beta)
+        log_a, log_c = attached + (log_a - attached).detach(), log_c.detach()
+    return log_a.masked_fill(none, -math.inf), log_c
+
+
+def _log_ng(
+    batch: Batch, beta: float, tau_plus: float, detach_weights: bool, debias: Debias, clamp: Clamp,
+    Q: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """log Ng (n,), and where a clamp decides it (n,) bool."""
+    log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
+    log_q = math.log(batch.others if Q is None else Q)
+    if debias == "released" or tau_plus == 0:
+        return _debiased(log_a - log_c, batch.positives, batch.temperature, tau_plus, clamp, log_q)
+    return _separated(log_a, log_c, batch, beta, tau_plus, clamp, log_q)
+
+
+def _debiased(
+    log_g: Tensor, p: Tensor, t: float, tau_plus: float, clamp: Clamp, log_q: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """log Ng from the log of the weighted mean g, and where the clamp decides it."""
+    if tau_plus == 0 and (clamp == "scaled" or (isinstance(log_q, float) and log_q >= 0)):
         # a weighted mean of unit rows' terms never falls below e^(-1/t)
         return log_q + log_g, torch.zeros_like(log_g, dtype=torch.bool)
-    floor = -1 / temperature - (log_q if clamp == "unscaled" else 0)
-    # log(g - tau e^p) = log g + log(1 - e^gap)
-    gap = (math.log(tau_plus) if tau_plus else -math.inf) + p - log_g
-    inside = gap < 0
-    safe = gap.where(inside, -1.0)  # keeps NaN out of the branch that is not taken
-    debiased_g = log_g + torch.log(-torch.expm1(safe)) - math.log1p(-tau_plus)
-    bound = ~inside | (debiased_g < floor)
-    return log_q + debiased_g.masked_fill(bound, floor), bound
+    floor = -1 / t - (log_q if clamp == "unscaled" else 0)
+    log_difference, bound = _log_minus(log_g, _log(tau_plus) + p)
+    log_difference = log_difference - math.log1p(-tau_plus)
+    bound = bound | (log_difference < floor)
+    return log_q + torch.where(bound, floor, log_difference), bound
 
 
-def _check_embeddings(z1: Tensor, z2: Tensor) -> None:
-    for name, z in (("z1", z1), ("z2", z2)):
-        if not (isinstance(z, Tensor) and z.is_floating_point()):
-            raise TypeError(f"{name}: must be a floating point tensor, not {_kind(z)}")
-    if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(
-            f"z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}: both must be (B, d), of one shape"
-        )
-    if len(z1) < 2:
-        raise ValueError(f"z1, z2: {len(z1)} row(s) leave no negatives; a batch needs at least 2")
-    if z1.device != z2.device:
-        raise ValueError(f"z1 is on {z1.device}, z2 on {z2.device}: they must share a device")
-    for name, z in (("z1", z1), ("z2", z2)):
-        if z.device.type == "cpu" and not torch.isfinite(z).all():
-            rows = (~torch.isfinite(z).all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(f"{name}: NaN or infinity in row(s) {rows[:5]}; it must be finite")
+def _separated(
+    log_a: Tensor, log_c: Tensor | float, batch: Batch, beta: float, tau_plus: float, clamp: Clamp,
+    log_q: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """log Ng with both sums debiased, and where any of the clamps decides it."""
+    p, t, log_m = batch.positives, batch.temperature, math.log(batch.others)
+    means, bounds = [], []
+    for power, log_sum in ((1 + beta, log_a), (beta, log_c)):
+        mean, bound = _log_minus(torch.as_tensor(log_sum - log_m), math.log(tau_plus) + power * p)
+        least = math.log1p(-tau_plus) - power / t
+        bound = bound | (mean < least)
+        means.append(mean.masked_fill(bound, least))
+        bounds.append(bound)
+    log_g = means[0] - means[1]
+    least = -1 / t - (log_q if clamp == "unscaled" else 0)
+    outside = (log_g < least) | (log_g > 1 / t)
+    return log_q + log_g.clamp(least, 1 / t), bounds[0] | bounds[1] | outside
 
 
-def _kind(z: object) -> str:
-    return f"a tensor of {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
+def _log_minus(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """log(e^x - e^y), and where there is none, as y >= x; the value there means nothing."""
+    gap = y - x
+    none = ~(gap < 0)
+    safe = gap.masked_fill(none, -1.0)  # keeps NaN out of the branch that is not taken
+    return x + torch.log(-torch.expm1(safe)), none
 
 
-def _check_parameters(
-    temperature: float, beta: float, tau_plus: float, clamp: str, Q: float | None
-) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature}: must be positive (the papers use 0.5)")
-    if not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta={beta}: hardness must be 0 or more (the papers use 0.5 to 2)")
-    if not 0 <= tau_plus < 1:
-        raise ValueError(f"tau_plus={tau_plus}: a class prior in [0, 1) (10 even classes: 0.1)")
-    if clamp not in get_args(Clamp):
-        raise ValueError(f"clamp={clamp!r}: choose 'scaled' or 'unscaled'")
-    if Q is not None and not (Q > 0 and math.isfinite(Q)):
-        raise ValueError(f"Q={Q}: the weight on the negatives must be positive, or None for 2B - 2")
+def _log(x: float) -> float:
+    return math.log(x) if x else -math.inf
+
+
+def _log_count(count: int | Tensor) -> Any:
+    """log of a number of negatives, 0 where there are none."""
+    return math.log(max(count, 1)) if isinstance(count, int) else count.double().clamp(min=1).log()
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return -F.logsigmoid(-x)  # exact at both ends, unlike torch's softplus
+
+
+def _check_debias(beta: float, tau_plus: float, debias: str, clamp: str, Q: float | None) -> None:
+    checks.tilt(beta, tau_plus)
+    checks.choice("debias", debias, get_args(Debias))
+    checks.choice("clamp", clamp, get_args(Clamp))
+    if Q is not None:
+        checks.number("Q", Q, "a positive weight on the negatives, or None", above=0)

@@ -1,0 +1,408 @@
+"""Who is compared with whom: a batch's anchors, their positives, and sums over their negatives.
+
+A :class:`Batch` brings two views (or two modalities, or one labelled view), labels, a queue,
+synthetic negatives and the rows of other processes into one form: anchors and candidates sorted by
+group, where an anchor's negatives are the candidates of other groups. Without labels the views of
+one image are a group. :mod:`hcl.losses` writes every loss in these terms.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hcl import checks, distributed
+from hcl.rowstats import Engine, Precision, by_strips, differentiable, logsumexps
+from hcl.tiles import STRIP, wide
+
+Unlabelled = Literal["negative", "ignore"]
+
+
+class Among(TypedDict, total=False):
+    """Options of every loss: who is compared with whom, and how that is computed.
+
+    normalize: divide each row by its L2 norm first (True). The clamps assume unit rows.
+    cross_modal: compare z1 with z2 alone, and z2 with z1, as CLIP does (False).
+    queue: (K, d) more negatives, the same for every anchor, as MoCo has.
+    synthetic: (2B, S, d) more negatives, each anchor's own: of z1's rows, then of z2's.
+    gather: candidates are the rows of all processes of torch.distributed; all get the same loss.
+        "averaged" scales gradients by the number of processes, for a trainer that averages them
+        (DistributedDataParallel), "summed" does not; False looks at this process alone.
+    engine, precision: see :func:`hcl.rowstats.logsumexps`.
+    """
+
+    normalize: bool
+    cross_modal: bool
+    queue: Tensor | None
+    synthetic: Tensor | None
+    gather: Literal[False, "averaged", "summed"]
+    engine: Engine
+    precision: Precision | None
+
+
+DEFAULTS: Among = {
+    "normalize": True, "cross_modal": False, "queue": None, "synthetic": None, "gather": False,
+    "engine": "auto", "precision": None,
+}  # fmt: skip
+
+
+class Side(NamedTuple):
+    """Anchors and the candidates they are compared with, both sorted by group."""
+
+    x: Tensor  # (n, d) anchors
+    y: Tensor  # (m, d) candidates, x itself where the anchors are all of them
+    own: Tensor  # (n,) group of each anchor
+    other: Tensor  # (m,) group of each candidate
+    anchors: tuple[int, ...]  # views that are anchors here: 0 of z1, 1 of z2
+    candidates: tuple[int, ...]  # views that are candidates
+
+
+class Batch:
+    """The anchors of a batch, in an order of its own that every (n,) tensor below follows.
+
+    Args:
+        z1, z2: (B, d) floating point; z2 is None for one view, which needs labels.
+        temperature: t > 0, or a tensor of one element, which may learn.
+        labels: (B,) integers; None makes every image a class of its own.
+        unlabelled: an image of label -1 is a class of its own ("negative") or left out ("ignore").
+        among: see :class:`Among`.
+
+    Attributes:
+        positives: (n,) score of the anchor with its other view.
+        others: how many candidates are neither the anchor nor its other view, 2B - 2.
+    """
+
+    def __init__(
+        self, z1: Tensor, z2: Tensor | None, temperature: float | Tensor,
+        labels: Tensor | None = None, unlabelled: Unlabelled = "negative", **among: Any,
+    ):  # fmt: skip
+        checks.options(among)
+        self.among: Any = {**DEFAULTS, **among}
+        check = partial(checks.batch, z1, z2, temperature, labels, unlabelled, self.among)
+        if self.among["gather"]:
+            everyone = distributed.gather(z1, z1 if z2 is None else z2, labels, check=check)
+            self.mine = range(everyone.start, everyone.start + len(z1))
+            z1, z2 = everyone.z1, None if z2 is None else everyone.z2
+            labels = everyone.labels
+        else:
+            check()
+            self.mine = range(len(z1))
+        checks.enough(len(z1), labels, self.among)
+        self.size, self.dtype, self.supervised = len(z1), z1.dtype, labels is not None
+        self.temperature = float(temperature)  # of a tensor on a GPU this waits for the device
+        with torch.autocast(z1.device.type, enabled=False):
+            self.order, group = _groups(z1, labels, unlabelled)
+            z, p = unit_views(
+                z1, z2, self.order if self.supervised else None, normalize=self.among["normalize"]
+            )
+            p = p / self.temperature  # z (B, V, d), p (B,)
+            self.root: Tensor | None = None
+            if isinstance(temperature, Tensor) and temperature.requires_grad:
+                # <x, y> / t knows nothing of t's gradient; rows times sqrt(t / t') do
+                self.root = (self.temperature / temperature).sqrt()
+                z, p = z * self.root.to(z), p * self.root**2
+            self.sides = self._sides(z, group)
+            p = p[self.local] if len(self.mine) < self.size else p
+            self.positives = (
+                p.repeat(2) if self.among["cross_modal"] else (p.repeat_interleave(z.shape[1]))
+            )
+            queue, synthetic = self.among["queue"], self.among["synthetic"]
+            self.queue = None if queue is None else self._like(queue, z)
+            self.synthetic = (
+                None if synthetic is None else self._own_scores(self._like(synthetic, z))
+            )
+        self.extra = (0 if queue is None else len(queue)) + (
+            0 if synthetic is None else synthetic.shape[1]
+        )
+        self.others = len(self.sides[0].y) + self.extra
+        self.others -= 1 if self.among["cross_modal"] else z.shape[1]
+
+    def _sides(self, z: Tensor, group: Tensor) -> list[Side]:
+        v, own, here = z.shape[1], z, group
+        if len(self.mine) < self.size:  # only the rows of this process are anchors
+            own, here = z[self.local], group[self.local]
+        if self.among["cross_modal"]:
+            return [Side(own[:, k], z[:, 1 - k], here, group, (k,), (1 - k,)) for k in (0, 1)]
+        other, views = group.repeat_interleave(v), tuple(range(v))
+        y = z.reshape(-1, z.shape[2])
+        if own is z:
+            return [Side(y, y, other, other, views, views)]
+        here = here.repeat_interleave(v)
+        return [Side(own.reshape(-1, z.shape[2]), y, here, other, views, views)]
+
+    @cached_property
+    def local(self) -> Tensor:
+        """Which images, in order, are of this process."""
+        return ((self.order >= self.mine.start) & (self.order < self.mine.stop)).nonzero().flatten()
+
+    def rows(self, side: Side) -> Tensor:
+        """Index (n,) of each anchor in cat([z1, z2]) of all processes."""
+        return self._index(self.order[self.local], side.anchors, self.size)
+
+    def cols(self, side: Side) -> Tensor:
+        """Index (m,) of each candidate in cat([z1, z2]) of all processes."""
+        return self._index(self.order, side.candidates, self.size)
+
+    def places(self, side: Side) -> Tensor:
+        """Which of the candidates (n,) each anchor is; -1 where they are of another modality."""
+        if self.among["cross_modal"]:
+            return torch.full_like(side.own, -1)
+        v = len(side.anchors)
+        return (self.local[:, None] * v + torch.arange(v, device=self.local.device)).flatten()
+
+    @staticmethod
+    def _index(images: Tensor, views: tuple[int, ...], step: int) -> Tensor:
+        return (images[:, None] + step * torch.tensor(views, device=images.device)).flatten()
+
+    def _like(self, more: Tensor, z: Tensor) -> Tensor:
+        """More negatives, treated as the rows of the batch."""
+        more = F.normalize(more.to(z.dtype), dim=-1) if self.among["normalize"] else more.to(z)
+        return more if self.root is None else more * self.root.to(z)
+
+    def _own_scores(self, synthetic: Tensor) -> Tensor:
+        """Scores (n, S) of the anchors with their own synthetic negatives."""
+        images, scores = self.order[self.local] - self.mine.start, []
+        for side in self.sides:
+            mine = self._index(images, side.anchors, len(self.mine))
+            scores.append(torch.einsum("nd,nsd->ns", side.x, synthetic[mine]) / self.temperature)
+        return torch.cat(scores)
+
+    @cached_property
+    def _group_sizes(self) -> Tensor:
+        """How many candidates (n,) are of the anchor's group."""
+        sizes = []
+        for side in self.sides:
+            size = torch.zeros(len(side.other), dtype=torch.int64, device=side.x.device)
+            sizes.append(size.index_add_(0, side.other, torch.ones_like(side.other))[side.own])
+        return torch.cat(sizes)
+
+    @property
+    def negatives(self) -> int | Tensor:
+        """How many an anchor has: an int, or (n,) where labels decide."""
+        if not self.supervised:
+            return self.others
+        return len(self.sides[0].y) - self._group_sizes + self.extra
+
+    @property
+    def companions(self) -> Tensor:
+        """How many positives (n,) each anchor has, its other view among them."""
+        return self._group_sizes - (0 if self.among["cross_modal"] else 1)
+
+    def log_sums(self, *powers: float, everyone: bool = False) -> list[Tensor]:
+        r"""Log of the sum of :math:`e^{k s_{ij}}` over an anchor's negatives, (n,), for each k.
+
+        everyone: over all candidates but the anchor itself instead, as SupCon's denominator has.
+        """
+        found, turned = [], None
+        for k, side in enumerate(self.sides):
+            if turned is not None and k == 1:  # the columns of the first side's rows
+                found.append(turned)
+                continue
+            own, other = side.own, side.other
+            if everyone:
+                own, other = self.places(side), torch.arange(len(side.other), device=own.device)
+            both = self.among["cross_modal"] and len(side.x) == len(side.y)
+            symmetric = side.x is side.y
+            rows, turned = self._stream(
+                side.x, None if symmetric else side.y, own, None if symmetric else other, powers,
+                columns=both,
+            )  # fmt: skip
+            found.append(rows)
+        total = found[0] if len(found) == 1 else torch.cat(found, dim=1)  # (K, n)
+        if self.queue is not None:
+            x = torch.cat([side.x for side in self.sides])
+            zero = x.new_zeros(len(x), dtype=torch.int64)
+            one = zero.new_ones(len(self.queue))
+            total = torch.logaddexp(total, self._stream(x, self.queue, zero, one, powers)[0])
+        if (s := self.synthetic) is not None:
+            more = torch.stack([(k * s.to(total)).logsumexp(dim=1) for k in powers])
+            total = torch.logaddexp(total, more)
+        return list(total)
+
+    def _stream(
+        self, x: Tensor, y: Tensor | None, own: Tensor, other: Tensor | None,
+        powers: tuple[float, ...], columns: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        bound = 1 / self.temperature
+        if not self.among["normalize"]:
+            bound = math.inf
+            if x.device.type == "cpu":  # looking would wait for another device
+                longest = [v.detach().norm(dim=1).max().item() for v in (x, x if y is None else y)]
+                bound = longest[0] * longest[1] / self.temperature
+        if x.is_cuda and self.among["engine"] != "tiled" and self.dtype.itemsize == 2:
+            x, y = x.to(self.dtype), None if y is None else y.to(self.dtype)  # products of 16 bits
+        return logsumexps(
+            x, y, own, other, powers=powers, scale=1 / self.temperature, bound=bound,
+            columns=columns, engine=self.among["engine"], precision=self.among["precision"],
+        )  # fmt: skip
+
+    def over_negatives(self, function: Callable[..., Tensor]) -> Tensor:
+        """The open door: a statistic (n, ...) of every anchor's scores with all its candidates.
+
+        ``function(s, excluded, i, j)`` gets scores s (r, c), where a candidate is no negative
+        (r, c), and the indices i (r,) of the anchors and j (c,) of the candidates: in
+        cat([z1, z2]), then the queue, then the synthetic ones. See
+        :func:`hcl.rowstats.by_strips` for what it may do.
+        """
+        found, first = [], 0
+        for side in self.sides:
+            y, other, j = side.y, side.other, self.cols(side)
+            if self.queue is not None:
+                y = torch.cat([y, self.queue])
+                other = torch.cat([other, torch.full((len(self.queue),), -1).to(other)])
+            values = [side.own, self.rows(side)]
+            if self.synthetic is not None:
+                values.append(self.synthetic[first : first + len(side.x)])
+            first += len(side.x)
+            rows = self.size * (2 if self.among["cross_modal"] else len(side.candidates))
+            j = torch.cat([j, torch.arange(rows, rows + self.extra, device=j.device)])
+
+            def strip(
+                s: Tensor, rows: slice, cols: slice, own: Tensor, i: Tensor, *synthetic: Tensor,
+                other: Tensor = other, j: Tensor = j,
+            ) -> Tensor:  # fmt: skip
+                excluded = own[:, None] == other
+                if synthetic:
+                    s = torch.cat([s, *synthetic], dim=1)
+                    excluded = F.pad(excluded, (0, synthetic[0].shape[1]))
+                return function(s, excluded, i, j)
+
+            found.append(by_strips(strip, side.x, y, *values, scale=1 / self.temperature))
+        return torch.cat(found)
+
+    def over_positives(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """A statistic (n, ...) of every anchor's scores with the candidates of its group.
+
+        ``function(s, positive, *values)`` gets scores s (r, c), which of them are of positives
+        (r, c), and the rows (r, ...) of ``values`` (n, ...).
+        """
+        found, first = [], 0
+        for side in self.sides:
+            part = [v[first : first + len(side.x)] for v in values]
+            first += len(side.x)
+            low = torch.searchsorted(side.other, side.own).tolist()
+            high = torch.searchsorted(side.other, side.own, right=True).tolist()
+
+            def strip(
+                s: Tensor, rows: slice, cols: slice, place: Tensor, *values: Tensor,
+                side: Side = side,
+            ) -> Tensor:  # fmt: skip
+                j = torch.arange(cols.start, cols.stop, device=s.device)
+                positive = side.own[rows, None] == side.other[cols]
+                return function(s, positive & (place[:, None] != j), *values)
+
+            def columns(rows: slice, low: list[int] = low, high: list[int] = high) -> slice:
+                return slice(low[rows.start], high[rows.stop - 1])
+
+            widest = max((b - a for a, b in zip(low, high, strict=True)), default=1)
+            found.append(
+                by_strips(
+                    strip, side.x, side.y, self.places(side), *part, scale=1 / self.temperature, columns=columns,
+                    height=max(1, min(256, STRIP // (256 + 2 * widest))),
+                )
+            )  # fmt: skip
+        return torch.cat(found)
+
+    def positive_mean(self) -> Tensor:
+        """Mean score (n,) of the anchor's positives, by the sum of each class; 0 without any."""
+        found = []
+        for side in self.sides:
+            sums = torch.zeros_like(side.y).index_add(0, side.other, side.y)  # (m, d), class sums
+            found.append((side.x * sums[side.own]).sum(dim=1, dtype=wide(side.x)))
+            if not self.among["cross_modal"]:
+                found[-1] = found[-1] - (side.x * side.x).sum(dim=1, dtype=wide(side.x))
+        return torch.cat(found) / self.temperature / self.companions.clamp(min=1)
+
+    def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Weighted mean of the anchors' values (n,), over all processes that were gathered."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if weight is None and not self.among["gather"]:
+            return values.mean().to(dtype)
+        weight = torch.ones_like(values) if weight is None else weight.to(values)
+        local, total = (values * weight).sum(), weight.sum()
+        if not self.among["gather"]:
+            return (local / total.clamp(min=1)).to(dtype)
+        local = local / distributed.total(total).clamp(min=1)
+        value = distributed.total(local.detach())
+        if self.among["gather"] == "averaged":
+            local = local * distributed.size()
+        return (value + (local - local.detach())).to(dtype)
+
+
+def _groups(z: Tensor, labels: Tensor | None, unlabelled: Unlabelled) -> tuple[Tensor, Tensor]:
+    """An order of the images by label, and the group of each in that order, from 0."""
+    place = torch.arange(len(z), device=z.device)
+    if labels is None:
+        return place, place
+    labels = torch.where(labels == checks.UNLABELLED, -1 - place, labels)  # each its own
+    order = labels.argsort(stable=True)
+    if unlabelled == "ignore":
+        order = order[labels[order] >= 0]
+    labels = labels[order]
+    new = torch.ones_like(labels, dtype=torch.bool)
+    new[1:] = labels[1:] != labels[:-1]
+    return order, new.cumsum(0) - 1
+
+
+def unit_views(
+    z1: Tensor, z2: Tensor | None, order: Tensor | None, *, normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Rows of length one, (B, V, d) float64 or float32, and a pair's inner product, (B,).
+
+    Source: the gradient of z / |z| is the part of what arrives that is orthogonal to it, over |z|.
+    """
+    views = (z1,) if z2 is None else (z1, z2)
+    found: tuple[Tensor, Tensor]
+    if normalize:
+        found = _UnitViews.apply(order, *views)
+        return found
+    z = _stack(order, *views)
+    return z, _products(z)
+
+
+def _stack(order: Tensor | None, *views: Tensor) -> Tensor:
+    z = torch.stack(views, dim=1)
+    z = z if z.dtype == torch.float64 else z.float()
+    return z if order is None else z[order]
+
+
+def _products(z: Tensor) -> Tensor:
+    first, last = z.unbind(1)[0], z.unbind(1)[-1]
+    return (first * last).sum(dim=1, dtype=wide(z))
+
+
+class _UnitViews(torch.autograd.Function):
+    """Divides in float64: the rounding of a norm is an error common to all scores of its row."""
+
+    @staticmethod
+    def forward(ctx: Any, order: Tensor | None, *views: Tensor) -> tuple[Tensor, Tensor]:
+        z = _stack(order, *views)
+        exact = z.to(wide(z))
+        norm = torch.linalg.vector_norm(exact, dim=2, keepdim=True).clamp_(min=EPSILON)
+        exact = exact.div_(norm)
+        p, z, norm = _products(exact), exact.to(z.dtype), norm.to(z.dtype)
+        ctx.save_for_backward(order, z, norm, *views)
+        return z, p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_p: Tensor) -> tuple[Tensor | None, ...]:
+        order, z, norm, *views = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            unit = F.normalize(_stack(order, *views), dim=2, eps=EPSILON)
+            made = (unit, _products(unit))
+            return None, *differentiable(made, (grad, grad_p), views)
+        grad = torch.addcmul(grad, z.flip(1), grad_p[:, None, None].to(z))
+        if z.shape[1] == 1:
+            grad = torch.addcmul(grad, z, grad_p[:, None, None].to(z))  # <z, z> has it twice
+        along = (z * grad).sum(dim=2, keepdim=True).masked_fill_(norm <= EPSILON, 0.0)
+        dz = grad.addcmul_(z, along, value=-1.0).div_(norm)
+        if order is not None:  # images that were left out get zero
+            dz = dz.new_zeros(len(views[0]), *dz.shape[1:]).index_copy_(0, order, dz)
+        return None, *(g.to(v.dtype) for g, v in zip(dz.unbind(1), views, strict=True))
+
+
+EPSILON = 1e-12  # of torch.nn.functional.normalize

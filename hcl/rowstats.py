@@ -1,0 +1,302 @@
+r"""Row log-sum-exps over an anchor's negatives, in two passes that never hold an N x N matrix.
+
+Every loss of :mod:`hcl.losses` needs its scores :math:`s_{ij} = \langle x_i, y_j\rangle / t` only
+through a few statistics of each row,
+
+.. math:: L_{k,i} = \log \sum_{j \in \mathcal N_i} e^{k s_{ij}}, \qquad
+          \frac{\partial L_{k,i}}{\partial s_{ij}} = k\, e^{k s_{ij} - L_{k,i}} .
+
+The forward pass streams over tiles of s and keeps the sums. The backward pass streams again, makes
+each tile anew and turns it into
+
+.. math:: H_{ij} = \sum_k k \big( G_{k,i}\, e^{k s_{ij} - L_{k,i}}
+          + G'_{k,j}\, e^{k s_{ij} - L'_{k,j}} \big), \qquad
+          \partial x = H y / t, \quad \partial y = H^\top x / t,
+
+with G and G' the gradients that arrive at the statistics of the rows and of the columns. Where the
+anchors are the candidates, s and H are symmetric and half of the tiles will do.
+
+Rows come sorted by group (an image, or a label) and negatives are the candidates of other groups:
+so only tiles near the diagonal need a mask. The passes themselves are in :mod:`hcl.tiles` (torch,
+any device) and :mod:`hcl.kernels` (Triton, for a GPU).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hcl import tiles
+from hcl.tiles import SAFE, Arrived, Scores
+
+Engine = Literal["auto", "tiled", "triton"]
+Precision = Literal["highest", "high", "medium"]
+
+
+def logsumexps(
+    x: Tensor,
+    y: Tensor | None,
+    own: Tensor,
+    other: Tensor | None,
+    *,
+    powers: tuple[float, ...],
+    scale: float,
+    bound: float,
+    columns: bool = False,
+    engine: Engine = "auto",
+    precision: Precision | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Log-sum-exps of ``k * scale * <x_i, y_j>`` over the candidates j of other groups, per k.
+
+    Args:
+        x: (n, d) anchors, floating point.
+        y: (m, d) candidates of the same dtype; None where they are the anchors.
+        own: (n,) int64 group of each anchor, ascending, from 0 to at most 2^24.
+        other: (m,) the same for the candidates; None with y.
+        powers: the K factors k > 0, e.g. (1 + beta, beta).
+        bound: no smaller than any \|scale <x_i, y_j>\|; infinity if unknown. Small ones are faster.
+        columns: also the statistics of the columns over their rows; y must be given.
+        engine: "tiled" (torch), "triton", or "auto": the latter on a GPU that has it.
+        precision: of float32 products, in the words of torch.set_float32_matmul_precision; None
+            is torch's setting.
+
+    Returns:
+        (K, n), and (K, m) or None; float64 where the device has it, since the rounding of a
+        float32 log-sum-exp of size 30 would be a relative error of 1e-6 in the gradient.
+        -inf, whose gradient is zero, where an anchor has no negatives.
+
+    Raises:
+        ValueError: an engine or precision that does not exist, or not here.
+
+    Source: our derivation, in the docstring of this module.
+
+    >>> x = torch.eye(4)
+    >>> rows, _ = logsumexps(
+    ...     x, None, torch.tensor([0, 0, 1, 1]), None, powers=(1.0,), scale=1.0, bound=1.0
+    ... )
+    >>> rows.exp()  # two negatives each, whose scores are 0
+    tensor([[2., 2., 2., 2.]], dtype=torch.float64)
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r}: choose one of {', '.join(get_args(Engine))}")
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f"precision={precision!r}: one of {', '.join(get_args(Precision))}, None")
+    bounded = max(powers) * bound < SAFE
+    settings = (tuple(powers), scale, bounded, columns, engine, precision)
+    rows, cols = _LogSumExps.apply(x, y, own, other, settings)
+    return rows, cols if columns else None
+
+
+def by_strips(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    *values: Tensor,
+    scale: float,
+    columns: Callable[[slice], slice] | None = None,
+    height: int | None = None,
+) -> Tensor:
+    """Any statistic of the rows of the scores, one strip of whole rows at a time.
+
+    ``function(s, rows, cols, *values)`` gets the scores s (r, c) of a strip, the slices of its rows
+    and columns, and the strip's part of each of ``values``; it returns (r, ...). The backward pass
+    calls it once more, under autograd, so it must give the same result twice. Gradients reach x, y
+    and ``values``, not what else the function uses.
+
+    Args:
+        x, y: (n, d) anchors and (m, d) candidates.
+        values: (n, ...) tensors with a row for each anchor.
+        scale: the scores are ``scale * x @ y.T``.
+        columns: the columns that a slice of rows needs; all by default.
+        height: rows of a strip; by default as many as make a million scores, at least one.
+
+    Returns: (n, ...). Memory: O((n + m) d) and a few strips.
+
+    >>> x = torch.eye(3)
+    >>> by_strips(lambda s, rows, cols: s.sum(dim=1), x, x, scale=2.0)
+    tensor([2., 2., 2.])
+    """
+    height = height or max(1, tiles.STRIP // max(len(y), 1))
+    strips = [slice(top, min(top + height, len(x))) for top in range(0, len(x), height)]
+    strips = strips or [slice(0, 0)]
+    pairs = [(i, columns(i) if columns else slice(0, len(y))) for i in strips]
+    found: Tensor = _Strips.apply(function, pairs, scale, x, y, *values)
+    return found
+
+
+class _LogSumExps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, own: Tensor, other: Tensor | None, settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        powers, scale, bounded, columns, engine, precision = settings
+        passes = _passes(_scores(x, y, own, other, scale, powers), engine, bounded, precision)
+        with _plain(x, precision):
+            rows, cols = passes.forward(columns=columns)
+        cols = rows.new_empty(0) if cols is None else cols
+        ctx.save_for_backward(x, y, own, other, rows, cols)
+        ctx.settings, ctx.passes = settings, passes
+        if not columns:
+            ctx.mark_non_differentiable(cols)
+        return rows, cols
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, own, other, rows, cols = ctx.saved_tensors
+        powers, scale, _, columns, _, precision = ctx.settings
+        if torch.is_grad_enabled():  # a second derivative is wanted: the formula itself, O(N^2)
+            made = _dense(_scores(x, y, own, other, scale, powers), columns)
+            return *differentiable(made, grads[: len(made)], (x, y)), None, None, None
+        row, col = Arrived(rows, grads[0]), Arrived(cols, grads[1]) if columns else None
+        with _plain(x, precision):
+            found = ctx.passes.backward(row, col, wanted=ctx.needs_input_grad[:2])
+        return *found, None, None, None
+
+
+class _Strips(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Any, pairs: Any, scale: float, x: Tensor, y: Tensor, *values: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, y, *values)
+        ctx.settings = function, pairs, scale
+        with _plain(x, None):
+            return _over(ctx.settings, x, y, *values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            made = _over(ctx.settings, *inputs)
+            return None, None, None, *differentiable((made,), (grad,), inputs)
+        function, pairs, scale = ctx.settings
+        wanted = ctx.needs_input_grad[3:]
+        total = [torch.zeros_like(v) if w else None for v, w in zip(inputs, wanted, strict=True)]
+        for i, j in pairs:
+            at = (i, j, *[i] * (len(inputs) - 2))
+            with torch.enable_grad(), _plain(inputs[0], None):
+                parts = [
+                    v.detach()[k].requires_grad_(w)
+                    for v, k, w in zip(inputs, at, wanted, strict=True)
+                ]
+                made = function(scale * parts[0] @ parts[1].T, i, j, *parts[2:])
+            found = differentiable((made,), (grad[i],), parts, again=False)
+            for whole, k, part in zip(total, at, found, strict=True):
+                if whole is not None and part is not None:
+                    whole[k] += part
+        return None, None, None, *total
+
+
+def _over(settings: Any, x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
+    function, pairs, scale = settings
+    return torch.cat(
+        [function(scale * x[i] @ y[j].T, i, j, *(v[i] for v in values)) for i, j in pairs]
+    )
+
+
+# Pieces -------------------------------------------------------------------------------------------
+
+
+def _scores(
+    x: Tensor, y: Tensor | None, own: Tensor, other: Tensor | None, scale: float, powers: Any
+) -> Scores:
+    if y is None or other is None:
+        return Scores(x, x, own, own, scale, powers, symmetric=True)
+    return Scores(x, y, own, other, scale, powers, symmetric=False)
+
+
+@contextmanager
+def _plain(x: Tensor, precision: Precision | None) -> Iterator[None]:
+    """No autocast, and products of the precision asked for; nothing to do is the usual case."""
+    before = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(x.device.type):
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if precision not in (None, before):
+            torch.set_float32_matmul_precision(str(precision))
+            stack.callback(torch.set_float32_matmul_precision, before)
+        yield
+
+
+def _dense(scores: Scores, columns: bool) -> tuple[Tensor, ...]:
+    """The statistics as autograd understands them to any order, with the matrix in memory."""
+    x, y, own, other, scale, powers, _ = scores
+    excluded = own[:, None] == other
+    with torch.autocast(x.device.type, enabled=False):
+        s = (scale * x.to(tiles.wide(x)) @ y.to(tiles.wide(y)).T).masked_fill(excluded, -math.inf)
+        made = []
+        for dim in (1, 0)[: 1 + columns]:
+            alone = excluded.all(dim=dim, keepdim=True)  # -inf throughout would give NaN
+            sums = [(k * s.masked_fill(alone, 0.0)).logsumexp(dim=dim) for k in powers]
+            made.append(torch.stack(sums).masked_fill(alone.flatten(), -math.inf))
+    return tuple(made)
+
+
+def differentiable(
+    made: Any, grads: Any, inputs: Any, *, again: bool = True
+) -> list[Tensor | None]:
+    """Gradients of those inputs that need one; to be differentiated ``again``."""
+    wanted = [v for v in inputs if v is not None and v.requires_grad]
+    found = iter(torch.autograd.grad(made, wanted, grads, create_graph=again, allow_unused=True))
+    return [next(found) if v is not None and v.requires_grad else None for v in inputs]
+
+
+def _passes(scores: Scores, engine: Engine, bounded: bool, precision: Precision | None) -> Any:
+    """The two passes as the device does them."""
+    x = scores.x
+    if engine == "triton" or (engine == "auto" and x.is_cuda):
+        from hcl import kernels  # needs Triton, which torch brings along on Linux alone
+
+        if kernels.available(x.device) and x.dtype != torch.float64 and x.shape[1] <= 1024:
+            return _Kernels(scores, bounded, precision or torch.get_float32_matmul_precision())
+        if engine == "triton":
+            raise ValueError(
+                f"engine='triton': not for {x.dtype} rows of {x.shape[1]} on {x.device}; it needs "
+                "Triton, a CUDA device of capability 8.0 or more, no float64, and d <= 1024"
+            )
+    return tiles.Tiles(scores) if bounded else tiles.Shifted(scores)
+
+
+class _Kernels:
+    """The passes of :mod:`hcl.kernels`, which know rows and columns but no autograd."""
+
+    def __init__(self, scores: Scores, bounded: bool, precision: str):
+        self.scores = scores._replace(own=scores.own.int(), other=scores.other.int())
+        self.same = {
+            "scale": scores.scale, "powers": scores.powers, "bounded": bounded,
+            "precision": precision,
+        }  # fmt: skip
+
+    def forward(self, *, columns: bool) -> tuple[Tensor, Tensor | None]:
+        from hcl import kernels
+
+        x, y, own, other, *_, symmetric = self.scores
+        rows, cols = kernels.forward(
+            x, y, own, other, symmetric=symmetric, columns=columns, **self.same
+        )
+        return rows.to(tiles.wide(x)), None if cols is None else cols.to(tiles.wide(x))
+
+    def backward(
+        self, row: Arrived | None, col: Arrived | None, *, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, y, own, other, *_, symmetric = self.scores
+        if symmetric:
+            return self._gradient(x, y, own, other, row, row), None
+        dx = self._gradient(x, y, own, other, row, col) if wanted[0] else None
+        return dx, self._gradient(y, x, other, own, col, row) if wanted[1] else None
+
+    def _gradient(
+        self, x: Tensor, y: Tensor, own: Tensor, other: Tensor,
+        row: Arrived | None, col: Arrived | None,
+    ) -> Tensor:  # fmt: skip
+        from hcl import kernels
+
+        arrived = {
+            f"{side}_{name}": None if value is None else getattr(value, name).float()
+            for side, value in (("row", row), ("col", col))
+            for name in ("lse", "grad")
+        }
+        return kernels.backward(x, y, own, other, **arrived, **self.same).to(x.dtype)
