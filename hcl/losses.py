@@ -589,9 +589,8 @@ def _log_tilted_sums(
     log_a, log_c = batch.log_sums(1 + beta, beta)
     none = log_a == -math.inf  # without negatives A / C is 0
     log_a, log_c = log_a.masked_fill(none, 0.0), log_c.masked_fill(none, 0.0)
-    if (
-        detach_weights
-    ):  # d log A / ds is (1 + beta) times the softmax, of which beta is the weights'
+    if detach_weights:
+        # d log A / ds is 1 + beta times the softmax; beta of that is the weights', as is log C
         attached = log_a / (1 + beta)
         log_a, log_c = attached + (log_a - attached).detach(), log_c.detach()
     return log_a.masked_fill(none, -math.inf), log_c

@@ -284,8 +284,9 @@ class Batch:
         for side in self.sides:
             part = [v[first : first + len(side.x)] for v in values]
             first += len(side.x)
-            low = torch.searchsorted(side.other, side.own).tolist()
-            high = torch.searchsorted(side.other, side.own, right=True).tolist()
+            # their columns, which are next to each other; on a GPU this waits for the device
+            low = torch.searchsorted(side.other, side.own).tolist() or [0]
+            high = torch.searchsorted(side.other, side.own, right=True).tolist() or [1]
 
             def strip(
                 s: Tensor, rows: slice, cols: slice, place: Tensor, *values: Tensor,
@@ -298,11 +299,12 @@ class Batch:
             def columns(rows: slice, low: list[int] = low, high: list[int] = high) -> slice:
                 return slice(low[rows.start], high[rows.stop - 1])
 
-            widest = max((b - a for a, b in zip(low, high, strict=True)), default=1)
+            widest = max(b - a for a, b in zip(low, high, strict=True))
+            height = max(1, min(256, STRIP // (256 + 2 * widest)))
             found.append(
                 by_strips(
-                    strip, side.x, side.y, self.places(side), *part, scale=1 / self.temperature, columns=columns,
-                    height=max(1, min(256, STRIP // (256 + 2 * widest))),
+                    strip, side.x, side.y, self.places(side), *part,
+                    scale=1 / self.temperature, columns=columns, height=height,
                 )
             )  # fmt: skip
         return torch.cat(found)

@@ -1,4 +1,4 @@
-r"""Row log-sum-exps over an anchor's negatives, in two passes that never hold an N x N matrix.
+r"""Row log-sum-exps over an anchor's negatives, in two passes and O(N d) memory.
 
 Every loss of :mod:`hcl.losses` needs its scores :math:`s_{ij} = \langle x_i, y_j\rangle / t` only
 through a few statistics of each row,
@@ -265,7 +265,7 @@ class _Kernels:
 
     def __init__(self, scores: Scores, bounded: bool, precision: str):
         self.scores = scores._replace(own=scores.own.int(), other=scores.other.int())
-        self.same = {
+        self.same: dict[str, Any] = {
             "scale": scores.scale, "powers": scores.powers, "bounded": bounded,
             "precision": precision,
         }  # fmt: skip
@@ -294,7 +294,7 @@ class _Kernels:
     ) -> Tensor:  # fmt: skip
         from hcl import kernels
 
-        arrived = {
+        arrived: dict[str, Any] = {
             f"{side}_{name}": None if value is None else getattr(value, name).float()
             for side, value in (("row", row), ("col", col))
             for name in ("lse", "grad")
