@@ -24,8 +24,13 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed  ## what hardness costs in a training step, interleaved with SimCLR
+.peers/installed: benchmarks/peers.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .peers --upgrade --requirement $<
+	touch $@
+
+bench: .peers/installed  ## what a training step and a loss cost, beside other libraries; half an hour
 	$(BIN)/python benchmarks/step.py
+	PYTHONPATH=.peers $(BIN)/python benchmarks/loss.py
 
 lock:  ## resolve every version anew, with hashes and without addresses
 	$(PYTHON) -m venv .venv-lock

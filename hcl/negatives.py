@@ -107,9 +107,8 @@ class Batch:
                 z, p = z * self.root.to(z), p * self.root**2
             self.sides = self._sides(z, group)
             p = p[self.local] if len(self.mine) < self.size else p
-            self.positives = (
-                p.repeat(2) if self.among["cross_modal"] else (p.repeat_interleave(z.shape[1]))
-            )
+            # a pair's score is that of both its views
+            self.positives = p.repeat(2) if self.among["cross_modal"] else _each(p, z.shape[1])
             queue, synthetic = self.among["queue"], self.among["synthetic"]
             self.queue = None if queue is None else self._like(queue, z)
             self.synthetic = (
@@ -127,12 +126,12 @@ class Batch:
             own, here = z[self.local], group[self.local]
         if self.among["cross_modal"]:
             return [Side(own[:, k], z[:, 1 - k], here, group, (k,), (1 - k,)) for k in (0, 1)]
-        other, views = group.repeat_interleave(v), tuple(range(v))
+        other, views = _each(group, v), tuple(range(v))
         y = z.reshape(-1, z.shape[2])
         if own is z:
             return [Side(y, y, other, other, views, views)]
-        here = here.repeat_interleave(v)
-        return [Side(own.reshape(-1, z.shape[2]), y, here, other, views, views)]
+        x = own.reshape(-1, z.shape[2])
+        return [Side(x, y, _each(here, v), other, views, views)]
 
     @cached_property
     def local(self) -> Tensor:
@@ -333,6 +332,11 @@ class Batch:
         if self.among["gather"] == "averaged":
             local = local * distributed.size()
         return (value + (local - local.detach())).to(dtype)
+
+
+def _each(v: Tensor, times: int) -> Tensor:
+    """Every element several times; repeat_interleave may wait for the device."""
+    return v[:, None].expand(-1, times).flatten()
 
 
 def _groups(z: Tensor, labels: Tensor | None, unlabelled: Unlabelled) -> tuple[Tensor, Tensor]:

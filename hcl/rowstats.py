@@ -250,9 +250,10 @@ def _passes(scores: Scores, engine: Engine, bounded: bool, precision: Precision 
     if engine == "triton" or (engine == "auto" and x.is_cuda):
         from hcl import kernels  # needs Triton, which torch brings along on Linux alone
 
-        if kernels.available(x.device) and x.dtype != torch.float64 and x.shape[1] <= 1024:
+        fits = x.dtype != torch.float64 and x.shape[1] <= 1024
+        if kernels.available(x.device) and fits and len(x) and len(scores.y):
             return _Kernels(scores, bounded, precision or torch.get_float32_matmul_precision())
-        if engine == "triton":
+        if engine == "triton" and len(x):
             raise ValueError(
                 f"engine='triton': not for {x.dtype} rows of {x.shape[1]} on {x.device}; it needs "
                 "Triton, a CUDA device of capability 8.0 or more, no float64, and d <= 1024"
