@@ -68,6 +68,8 @@ def options(among: Any) -> None:
 
 def enough(rows: int, labels: Tensor | None, among: Any) -> None:
     """A batch, of all processes together, in which there can be negatives."""
+    if not rows:
+        raise ValueError("z1: no rows; a batch needs at least 2 (with labels, 1)")
     if rows < 2 and labels is None and among["queue"] is None and among["synthetic"] is None:
         raise ValueError(f"z1, z2: {rows} row(s) leave no negatives; a batch needs at least 2")
 

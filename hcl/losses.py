@@ -197,9 +197,11 @@ def decoupled(
     (log_sum,) = batch.log_sums(1.0)
     if sigma is None:
         return batch.mean(log_sum - batch.positives)
-    with torch.no_grad():  # each pair is two anchors of one score: 2B softmax over 2B is B over B
-        e = torch.exp(batch.positives * (batch.temperature / sigma) - 1 / sigma)
-        weight = 2 - e / batch.mean(e)
+    with torch.no_grad():
+        cosines = batch.pairs * batch.temperature
+        log_total = (cosines / sigma).logsumexp(dim=0)
+        share = torch.exp(batch.positives * batch.temperature / sigma - log_total)
+        weight = 2 - len(cosines) * share
     return batch.mean(log_sum - weight * batch.positives)
 
 
@@ -363,10 +365,11 @@ def weighted(
         z1, z2, temperature, among: as in :func:`nt_xent`.
         log_weights: ``log_weights(s, i, j)`` gets scores s (r, c) and the indices of their anchors
             i (r,) and candidates j (c,) in ``cat([z1, z2])``, then the queue, then the synthetic
-            negatives; it returns :math:`a_{ij}` (r, c), -inf where j is no negative of i. Anchors
-            and their other views are left out whatever it returns. Gradients flow through s, not
-            through other tensors that it uses; a constant goes in through ``s.detach()``. It is
-            called on strips of rows, and again in the backward pass.
+            negatives; it returns :math:`a_{ij}` (r, c), -inf where j is no negative of i. The
+            anchor itself and its other view have s = -inf and are left out whatever it returns.
+            Gradients flow through s, not through other tensors that it uses; weights made of
+            ``s.detach()`` are constants. It is called on strips of rows, and again in the backward
+            pass.
         tau_plus, clamp: as in :func:`hard`.
         Q: weight on the negatives; None is the number an anchor has.
 
@@ -383,7 +386,7 @@ def weighted(
     batch = Batch(z1, z2, temperature, **among)
 
     def strip(s: Tensor, excluded: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        a = log_weights(s, i, j)
+        a = log_weights(s.masked_fill(excluded, -math.inf), i, j)
         if a.shape != s.shape:
             raise ValueError(f"log_weights returned {tuple(a.shape)} for scores {tuple(s.shape)}")
         a = a.masked_fill(excluded, -math.inf)
@@ -394,9 +397,8 @@ def weighted(
 
     log_g, count = batch.over_negatives(strip).to(batch.positives).unbind(dim=1)
     log_q = _log_count(count) if Q is None else torch.full_like(log_g, math.log(Q))
-    log_g = log_g.where(count > 0, -math.inf)
-    log_ng, _ = _debiased(log_g, batch.positives, batch.temperature, tau_plus, clamp, log_q)
-    return batch.mean(_softplus(log_ng - batch.positives))
+    log_ng, _ = _debiased(log_g, batch, tau_plus, clamp, log_q)
+    return batch.mean(_softplus(log_ng - batch.positives).where(count > 0, 0.0))
 
 
 class ContrastiveLoss(nn.Module):
@@ -603,42 +605,48 @@ def _log_ng(
     """log Ng (n,), and where a clamp decides it (n,) bool."""
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_q = math.log(batch.others if Q is None else Q)
-    if debias == "released" or tau_plus == 0:
-        return _debiased(log_a - log_c, batch.positives, batch.temperature, tau_plus, clamp, log_q)
-    return _separated(log_a, log_c, batch, beta, tau_plus, clamp, log_q)
+    if debias == "released" or tau_plus == 0 or beta == 0:
+        return _debiased(log_a - log_c, batch, tau_plus, clamp, log_q)
+    weight = beta * (batch.positives.detach() if detach_weights else batch.positives)
+    assert isinstance(log_c, Tensor)  # as beta > 0
+    return _separated(log_a, log_c, weight, batch, beta, tau_plus, clamp, log_q)
 
 
 def _debiased(
-    log_g: Tensor, p: Tensor, t: float, tau_plus: float, clamp: Clamp, log_q: float | Tensor
+    log_g: Tensor, batch: Batch, tau_plus: float, clamp: Clamp, log_q: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """log Ng from the log of the weighted mean g, and where the clamp decides it."""
     if tau_plus == 0 and (clamp == "scaled" or (isinstance(log_q, float) and log_q >= 0)):
         # a weighted mean of unit rows' terms never falls below e^(-1/t)
         return log_q + log_g, torch.zeros_like(log_g, dtype=torch.bool)
-    floor = -1 / t - (log_q if clamp == "unscaled" else 0)
-    log_difference, bound = _log_minus(log_g, _log(tau_plus) + p)
+    floor = -batch.bound - (log_q if clamp == "unscaled" else 0)
+    log_difference, bound = _log_minus(log_g, _log(tau_plus) + batch.positives)
     log_difference = log_difference - math.log1p(-tau_plus)
     bound = bound | (log_difference < floor)
     return log_q + torch.where(bound, floor, log_difference), bound
 
 
 def _separated(
-    log_a: Tensor, log_c: Tensor | float, batch: Batch, beta: float, tau_plus: float, clamp: Clamp,
-    log_q: float,
+    log_a: Tensor, log_c: Tensor, weight: Tensor, batch: Batch, beta: float,
+    tau_plus: float, clamp: Clamp, log_q: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """log Ng with both sums debiased, and where any of the clamps decides it."""
-    p, t, log_m = batch.positives, batch.temperature, math.log(batch.others)
+    most, log_m = batch.bound, math.log(batch.others)
     means, bounds = [], []
-    for power, log_sum in ((1 + beta, log_a), (beta, log_c)):
-        mean, bound = _log_minus(torch.as_tensor(log_sum - log_m), math.log(tau_plus) + power * p)
-        least = math.log1p(-tau_plus) - power / t
+    for power, log_sum, log_term in (
+        (1 + beta, log_a, batch.positives + weight),
+        (beta, log_c, weight),
+    ):
+        mean, bound = _log_minus(log_sum - log_m, math.log(tau_plus) + log_term)
+        least = math.log1p(-tau_plus) - power * most
         bound = bound | (mean < least)
-        means.append(mean.masked_fill(bound, least))
+        means.append(torch.where(bound, least, mean))
         bounds.append(bound)
     log_g = means[0] - means[1]
-    least = -1 / t - (log_q if clamp == "unscaled" else 0)
-    outside = (log_g < least) | (log_g > 1 / t)
-    return log_q + log_g.clamp(least, 1 / t), bounds[0] | bounds[1] | outside
+    least = -most - (log_q if clamp == "unscaled" else 0)
+    low, high = log_g < least, log_g > most
+    log_g = torch.where(low, least, torch.where(high, most, log_g))
+    return log_q + log_g, bounds[0] | bounds[1] | low | high
 
 
 def _log_minus(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,7 @@ class Batch:
 
     Attributes:
         positives: (n,) score of the anchor with its other view.
+        pairs: (B,) the same once for each pair, of all processes.
         others: how many candidates are neither the anchor nor its other view, 2B - 2.
     """
 
@@ -93,7 +94,10 @@ class Batch:
             self.mine = range(len(z1))
         checks.enough(len(z1), labels, self.among)
         self.size, self.dtype, self.supervised = len(z1), z1.dtype, labels is not None
-        self.temperature = float(temperature)  # of a tensor on a GPU this waits for the device
+        # of a tensor on a GPU this waits for the device
+        self.temperature = float(
+            temperature.detach() if isinstance(temperature, Tensor) else temperature
+        )
         with torch.autocast(z1.device.type, enabled=False):
             self.order, group = _groups(z1, labels, unlabelled)
             z, p = unit_views(
@@ -103,8 +107,9 @@ class Batch:
             self.root: Tensor | None = None
             if isinstance(temperature, Tensor) and temperature.requires_grad:
                 # <x, y> / t knows nothing of t's gradient; rows times sqrt(t / t') do
-                self.root = (self.temperature / temperature).sqrt()
+                self.root = (self.temperature / temperature.reshape(()).to(p)).sqrt()
                 z, p = z * self.root.to(z), p * self.root**2
+            self.pairs = p  # (B,) of all processes
             self.sides = self._sides(z, group)
             p = p[self.local] if len(self.mine) < self.size else p
             # a pair's score is that of both its views
@@ -180,6 +185,11 @@ class Batch:
         return torch.cat(sizes)
 
     @property
+    def bound(self) -> float | Tensor:
+        """1 / t, the largest score of unit rows, with the gradient of a temperature that learns."""
+        return 1 / self.temperature * (1 if self.root is None else self.root**2)
+
+    @property
     def negatives(self) -> int | Tensor:
         """How many an anchor has: an int, or (n,) where labels decide."""
         if not self.supervised:
@@ -216,10 +226,10 @@ class Batch:
             x = torch.cat([side.x for side in self.sides])
             zero = x.new_zeros(len(x), dtype=torch.int64)
             one = zero.new_ones(len(self.queue))
-            total = torch.logaddexp(total, self._stream(x, self.queue, zero, one, powers)[0])
+            total = _add(total, self._stream(x, self.queue, zero, one, powers)[0])
         if (s := self.synthetic) is not None:
             more = torch.stack([(k * s.to(total)).logsumexp(dim=1) for k in powers])
-            total = torch.logaddexp(total, more)
+            total = _add(total, more)
         return list(total)
 
     def _stream(
@@ -229,7 +239,7 @@ class Batch:
         bound = 1 / self.temperature
         if not self.among["normalize"]:
             bound = math.inf
-            if x.device.type == "cpu":  # looking would wait for another device
+            if x.device.type == "cpu" and len(x):  # looking would wait for another device
                 longest = [v.detach().norm(dim=1).max().item() for v in (x, x if y is None else y)]
                 bound = longest[0] * longest[1] / self.temperature
         if x.is_cuda and self.among["engine"] != "tiled" and self.dtype.itemsize == 2:
@@ -334,9 +344,14 @@ class Batch:
         return (value + (local - local.detach())).to(dtype)
 
 
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b); torch's logaddexp has no second derivative at -inf."""
+    return torch.stack([a, b]).logsumexp(dim=0)
+
+
 def _each(v: Tensor, times: int) -> Tensor:
     """Every element several times; repeat_interleave may wait for the device."""
-    return v[:, None].expand(-1, times).flatten()
+    return v[:, None].expand(-1, times).flatten().contiguous()
 
 
 def _groups(z: Tensor, labels: Tensor | None, unlabelled: Unlabelled) -> tuple[Tensor, Tensor]:
@@ -398,9 +413,12 @@ class _UnitViews(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_p: Tensor) -> tuple[Tensor | None, ...]:
         order, z, norm, *views = ctx.saved_tensors
         if torch.is_grad_enabled():
-            unit = F.normalize(_stack(order, *views), dim=2, eps=EPSILON)
-            made = (unit, _products(unit))
-            return None, *differentiable(made, (grad, grad_p), views)
+
+            def formula(*views: Tensor) -> tuple[Tensor, Tensor]:
+                unit = F.normalize(_stack(order, *views), dim=2, eps=EPSILON)
+                return unit, _products(unit)
+
+            return None, *differentiable(formula, views, (grad, grad_p))
         grad = torch.addcmul(grad, z.flip(1), grad_p[:, None, None].to(z))
         if z.shape[1] == 1:
             grad = torch.addcmul(grad, z, grad_p[:, None, None].to(z))  # <z, z> has it twice

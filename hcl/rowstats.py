@@ -24,6 +24,7 @@ any device) and :mod:`hcl.kernels` (Triton, for a GPU).
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -148,8 +149,11 @@ class _LogSumExps(torch.autograd.Function):
         x, y, own, other, rows, cols = ctx.saved_tensors
         powers, scale, _, columns, _, precision = ctx.settings
         if torch.is_grad_enabled():  # a second derivative is wanted: the formula itself, O(N^2)
-            made = _dense(_scores(x, y, own, other, scale, powers), columns)
-            return *differentiable(made, grads[: len(made)], (x, y)), None, None, None
+
+            def formula(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+                return _dense(_scores(x, y, own, other, scale, powers), columns)
+
+            return *differentiable(formula, (x, y), grads[: 1 + columns]), None, None, None
         row, col = Arrived(rows, grads[0]), Arrived(cols, grads[1]) if columns else None
         with _plain(x, precision):
             found = ctx.passes.backward(row, col, wanted=ctx.needs_input_grad[:2])
@@ -170,8 +174,8 @@ class _Strips(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            made = _over(ctx.settings, *inputs)
-            return None, None, None, *differentiable((made,), (grad,), inputs)
+            found = differentiable(partial(_over, ctx.settings), inputs, (grad,))
+            return None, None, None, *found
         function, pairs, scale = ctx.settings
         wanted = ctx.needs_input_grad[3:]
         total = [torch.zeros_like(v) if w else None for v, w in zip(inputs, wanted, strict=True)]
@@ -183,18 +187,25 @@ class _Strips(torch.autograd.Function):
                     for v, k, w in zip(inputs, at, wanted, strict=True)
                 ]
                 made = function(scale * parts[0] @ parts[1].T, i, j, *parts[2:])
-            found = differentiable((made,), (grad[i],), parts, again=False)
-            for whole, k, part in zip(total, at, found, strict=True):
-                if whole is not None and part is not None:
+                leaves = [part for part in parts if part.requires_grad]
+                grads = iter(torch.autograd.grad(made, leaves, grad[i], allow_unused=True))
+            for whole, k in zip(total, at, strict=True):
+                if whole is not None and (part := next(grads)) is not None:
                     whole[k] += part
         return None, None, None, *total
 
 
 def _over(settings: Any, x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
     function, pairs, scale = settings
-    return torch.cat(
-        [function(scale * x[i] @ y[j].T, i, j, *(v[i] for v in values)) for i, j in pairs]
-    )
+    pieces = (function(scale * x[i] @ y[j].T, i, j, *(v[i] for v in values)) for i, j in pairs)
+    if torch.is_grad_enabled():
+        return torch.cat(list(pieces))
+    first = next(pieces)
+    whole = first.new_empty(len(x), *first.shape[1:])
+    whole[pairs[0][0]] = first
+    for (i, _), piece in zip(pairs[1:], pieces, strict=True):
+        whole[i] = piece  # small tensors kept between large ones would fragment the memory
+    return whole
 
 
 # Pieces -------------------------------------------------------------------------------------------
@@ -235,13 +246,17 @@ def _dense(scores: Scores, columns: bool) -> tuple[Tensor, ...]:
     return tuple(made)
 
 
-def differentiable(
-    made: Any, grads: Any, inputs: Any, *, again: bool = True
-) -> list[Tensor | None]:
-    """Gradients of those inputs that need one; to be differentiated ``again``."""
-    wanted = [v for v in inputs if v is not None and v.requires_grad]
-    found = iter(torch.autograd.grad(made, wanted, grads, create_graph=again, allow_unused=True))
-    return [next(found) if v is not None and v.requires_grad else None for v in inputs]
+def differentiable(function: Callable[..., Any], inputs: Any, grads: Any) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again, as autograd makes them.
+
+    Each input is taken for itself, even where two of them are one tensor.
+    """
+    with torch.enable_grad():
+        parts = [None if v is None else v.view_as(v) for v in inputs]
+        made = function(*parts)
+    wanted = [v for v in parts if v is not None and v.requires_grad]
+    found = iter(torch.autograd.grad(made, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if v is not None and v.requires_grad else None for v in parts]
 
 
 def _passes(scores: Scores, engine: Engine, bounded: bool, precision: Precision | None) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 SAFE = 40.0  # float32 holds the sum of a million e^40, and e^-40 to full precision
 TILE = {"cpu": (256, 1024), "cuda": (2048, 2048)}  # rows, columns
-STRIP = 1 << 19  # elements of a strip of whole rows
+STRIP = 1 << 18  # elements of a strip of whole rows
 KEEP = 1 << 23  # elements of the first tiles that stay for the backward pass: 32 MiB
 
 
@@ -106,7 +106,7 @@ class Tiles:
                 j = slice(left, min(left + self.width, m))
                 self.at, self.shape = (i, j), (i.stop - i.start, j.stop - j.start)
                 self._score(i, j)
-                yield i, j, i.stop - i.start if self.symmetric and left == top else 0
+                yield i, j, max(0, min(i.stop, j.stop) - left) if self.symmetric else 0
 
     def _score(self, i: slice, j: slice) -> None:
         """Scores in powers of two, whose exponential is fastest; the exponential if one will do."""

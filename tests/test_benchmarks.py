@@ -1,27 +1,254 @@
-"""The benchmark measures what it says, at a size that takes a moment."""
+"""The benchmarks measure what they say, at sizes that take a moment."""
 
 import importlib.util
+import json
+import math
+import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "step.py"
+import hcl.losses
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("step", PATH)
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_a_step_trains_and_every_loss_is_compared():
-    bench = load()
-    step = bench.Step(bench.LOSSES["HCL"], "small", torch.device("cpu"))
+    bench = load("step")
+    step = bench.Step(bench.LOSSES["HCL"], "small", CPU)
     before = [p.clone() for p in step.model.parameters()]
     x = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
     assert step.seconds(x) > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
-    found = bench.measure("small", batch=8, size=8, rounds=4, device=torch.device("cpu"))
+    found = bench.measure("small", batch=8, size=8, rounds=4, device=CPU)
     assert found["HCL_q1"] <= found["HCL_ratio"] <= found["HCL_q3"]
     assert found["Debiased_ratio"] > 0
+
+
+# --- the loss alone
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load("loss")
+
+
+def arguments(bench, *words):
+    return bench.arguments([str(word) for word in words])
+
+
+def loop(z, *, beta=1.0, tau=0.1, kind="hcl", t=0.5):
+    """Anchor by anchor in Python floats; z (2B, d) as a numpy array in float64."""
+    z = [row / math.sqrt(sum(x * x for x in row)) for row in z]
+    n, total = len(z), 0.0
+    for i in range(n):
+        partner = (i + n // 2) % n
+        pos = math.exp(z[i] @ z[partner] / t)
+        neg = [math.exp(z[i] @ z[j] / t) for j in range(n) if j not in (i, partner)]
+        if kind == "decoupled":
+            total -= math.log(pos / sum(neg))
+            continue
+        if kind == "itself included":
+            total -= math.log(pos / (pos + sum(neg) + math.exp(1 / t)))
+            continue
+        normaliser = sum(u**beta for u in neg)
+        expected = sum(u**beta / normaliser * u for u in neg)
+        debiased = (expected - tau * pos) / (1 - tau)
+        total -= math.log(pos / (pos + len(neg) * max(debiased, math.exp(-1 / t))))
+    return total / n
+
+
+def as_array(data):
+    return torch.cat([data.z1, data.z2]).detach().double().numpy()
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.7, 1.0])
+@pytest.mark.parametrize("name", ["released", "dense"])
+def test_what_we_compare_with_is_hcl(bench, name, beta):
+    data = bench.batch(16, 8, CPU)
+    found = getattr(bench, name)(*data, beta=beta).item()
+    assert found == pytest.approx(loop(as_array(data), beta=beta), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["released", "dense"])
+def test_what_we_compare_with_is_clamped_as_hcl_is(bench, name, monkeypatch):
+    data = bench.batch(16, 8, CPU)
+    monkeypatch.setattr(bench, "TAU_PLUS", 0.5)
+    found = getattr(bench, name)(data.z1, data.z1).item()  # aligned, so every anchor is clamped
+    assert found == pytest.approx(math.log1p(14 * math.exp(-1 / 0.5) / math.exp(1 / 0.5)), rel=1e-5)
+
+
+KINDS = {
+    "HCL": {},
+    "HCL beta=0.7": {"beta": 0.7},
+    "Debiased": {"beta": 0.0},
+    "NT-Xent": {"beta": 0.0, "tau": 0.0},
+    "Decoupled": {"kind": "decoupled"},
+    "InfoNCE": {"kind": "itself included"},
+}
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_the_reference_and_its_gradient(bench, loss):
+    data = bench.batch(16, 8, CPU)
+    anchors = next(c.anchors for c in bench.CONTENDERS if c.loss == loss)
+    value, gradient = bench.reference(anchors, data, rows=5)  # strips of 5, 5, 5 and 1
+    z, kind = as_array(data), KINDS[loss]
+    assert value.item() == pytest.approx(loop(z, **kind), abs=1e-12)
+    direction = np.random.default_rng(0).standard_normal(z.shape)
+    up, down = (loop(z + h * direction, **kind) for h in (1e-5, -1e-5))
+    slope = (gradient.numpy() * direction).sum()
+    assert slope == pytest.approx((up - down) / 2e-5, rel=1e-6)
+
+
+def refuse_constants(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_the_quick_run_writes_what_the_page_reads(bench, tmp_path, capsys):
+    path = tmp_path / "loss.json"
+    bench.main(["--quick", "--out", str(path)])
+    made = json.loads(path.read_text(), parse_constant=refuse_constants)
+    assert made["setting"]["sizes"] == [64, 128]
+    assert made["setting"]["clock"] in ("wall", "processor time of one thread")
+    assert made["provenance"]["torch"] == str(torch.__version__)
+    assert {"lightly", "solo-learn", "pytorch-metric-learning"} <= set(made["versions"])
+    assert len(made["rows"]) == 2 * len(bench.CONTENDERS)
+    assert {(r["views"], r["implementation"], r["loss"]) for r in made["rows"]} == {
+        (n, c.implementation, c.loss) for n in (64, 128) for c in bench.CONTENDERS
+    }
+    for row in made["rows"]:
+        check_row(row, made)
+    ours = {r["loss"]: r for r in made["rows"] if r["implementation"] == "ours"}
+    assert ours["HCL"]["ratio"] == ours["NT-Xent"]["nt_xent_ratio"] == 1
+    assert ours["HCL"]["ratio_q1"] == ours["HCL"]["ratio_q3"] == 1
+    weighed = {r["implementation"] for r in made["rows"] if r["peak_bytes"]}
+    if sys.platform == "linux":
+        assert weighed == {"ours", "released"}
+    said = capsys.readouterr().out
+    assert all(f"{c.implementation}, {c.loss}" in said for c in bench.CONTENDERS)
+
+
+def check_row(row, made):
+    assert set(row) == set(made["fields"])
+    assert row["loss"] in made["losses"]
+    assert (row["seconds"] is None) == (row["time_skipped"] is not None)
+    assert (row["peak_bytes"] is None) == (row["memory_skipped"] is not None)
+    if row["seconds"] is not None:
+        assert row["rounds"] == 1
+        assert row["seconds"] > 0
+        assert row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
+        assert row["nt_xent_ratio"] > 0
+        if row["loss"] not in ("SupCon", "H-SCL"):
+            limit = 2e-2 if row["loss"] == "HCL bfloat16" else 5e-6
+            assert row["loss_error"] < limit
+            assert row["gradient_error"] < limit
+    elif row["implementation"] == "ours":
+        missing = {"SupCon": "supcon", "H-SCL": "hard_scl"}[row["loss"]]
+        assert not hasattr(hcl.losses, missing)
+
+
+def test_the_quick_run_leaves_the_record_alone(bench):
+    assert arguments(bench, "--quick").out is None
+    assert arguments(bench).out == FOLDER / "loss.json"
+    assert arguments(bench).sizes == bench.SIZES
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--sizes", 64, 7), "--sizes 7"),
+        (("--sizes", 2), "--sizes 2"),
+        (("--rounds", 0), "--rounds 0"),
+        (("--dim", -1), "--dim -1"),
+    ],
+)
+def test_impossible_arguments_are_refused(bench, words, said, capsys):
+    with pytest.raises(SystemExit):
+        arguments(bench, *words)
+    assert said in capsys.readouterr().err
+
+
+def entrant(bench, implementation, loss="HCL"):
+    return next(c for c in bench.CONTENDERS if (c.implementation, c.loss) == (implementation, loss))
+
+
+def test_what_would_not_fit_is_skipped_with_the_reason(bench, monkeypatch):
+    gib = 2.0**30
+    for size, fits in ((8192, True), (16384, True), (32768, False)):
+        assert (bench.too_large(entrant(bench, "released"), size, 20 * gib) is None) == fits
+    assert bench.too_large(entrant(bench, "ours"), 2**20, gib) is None
+    monkeypatch.setattr(bench, "available_bytes", lambda device: 10_000.0)
+    monkeypatch.setattr(bench, "weigh_apart", lambda *_: 1)
+    args = arguments(bench, "--sizes", 64, "--rounds", 1)
+    rows = {(r["implementation"], r["loss"]): r for r in bench.measure(64, args, CPU)}
+    row = rows["released", "HCL"]
+    assert row["seconds"] is row["ratio"] is row["peak_bytes"] is None
+    assert "GiB available" in row["time_skipped"]
+    assert "GiB available" in row["memory_skipped"]
+    assert rows["ours", "HCL"]["peak_bytes"] == 1
+
+
+def test_large_sizes_on_a_cpu_are_ours_alone(bench, monkeypatch):
+    monkeypatch.setattr(bench, "TIMED_UP_TO", 16)
+    monkeypatch.setattr(bench, "weigh_apart", lambda *_: 1)
+    args = arguments(bench, "--sizes", 32, "--rounds", 7)
+    rows = bench.measure(32, args, CPU)
+    timed = {(r["implementation"], r["loss"]): r["rounds"] for r in rows if r["seconds"]}
+    assert timed == dict.fromkeys(bench.BEYOND, 2)
+    assert all(r["gradient_error"] is None for r in rows)
+    assert {r["time_skipped"] for r in rows} == {None, "on a CPU only up to N = 16"}
+    assert all(r["peak_bytes"] == 1 for r in rows)  # others are weighed a little further
+    monkeypatch.setattr(bench, "WEIGHED_UP_TO", 16)
+    weighed = {
+        (r["implementation"], r["loss"]) for r in bench.measure(32, args, CPU) if r["peak_bytes"]
+    }
+    assert weighed == set(bench.BEYOND)
+
+
+def test_an_error_of_another_library_is_recorded_and_ours_is_raised(bench, monkeypatch):
+    def broken():
+        raise RuntimeError("no kernel for this\nand a long story")
+
+    ours = [c for c in bench.CONTENDERS if (c.implementation, c.loss) in bench.BEYOND]
+    peer = bench.Contender("some library", "NT-Xent", broken)
+    monkeypatch.setattr(bench, "CONTENDERS", [*ours, peer])
+    args = arguments(bench, "--quick")
+    row = bench.measure(64, args, CPU)[-1]
+    assert row["time_skipped"] == row["memory_skipped"] == "RuntimeError: no kernel for this"
+    monkeypatch.setattr(bench, "CONTENDERS", [*ours, peer._replace(implementation="ours")])
+    with pytest.raises(RuntimeError, match="no kernel"):
+        bench.measure(64, args, CPU)
+
+
+def test_the_race_takes_as_long_as_it_was_told_and_times_every_round(bench):
+    calls = []
+
+    def loss(z1, z2, labels):
+        calls.append(1)
+        return (z1 * z2).sum()
+
+    times = bench.race({"a": loss, "b": bench.dense}, bench.batch(64, 8, CPU), 3, least=2e-3)
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3}
+    assert len(calls) > 1 + 3  # more than one call a measurement
+    assert (times["b"] > times["a"]).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_the_call_alone(bench):
+    n = 1024
+    large = torch.zeros(50_000_000)  # 200 MB here must not show there
+    found = bench.weigh_apart(entrant(bench, "released"), n, arguments(bench))
+    assert 3 < found / (4 * n**2) < 15, len(large)  # a few matrices, and what is always needed
+    with pytest.raises(RuntimeError, match="--weigh nobody/HCL"):
+        bench.weigh_apart(bench.Contender("nobody", "HCL", None), n, arguments(bench))
