@@ -77,7 +77,7 @@ def enough(rows: int, labels: Tensor | None, among: Any) -> None:
 def embeddings(name: str, z: Any, ndim: int = 2) -> None:
     """A floating point tensor of ``ndim`` dimensions, without NaN and infinity."""
     if not (isinstance(z, Tensor) and z.is_floating_point()):
-        raise TypeError(f"{name}: must be a floating point tensor, not {_kind(z)}")
+        raise TypeError(f"{name}: must be a floating point tensor, not {kind(z)}")
     if z.ndim != ndim or not z.shape[-1]:
         shape = "(B, d)" if ndim == 2 else "(2B, S, d)"
         raise ValueError(f"{name} {tuple(z.shape)}: must be {shape}, d >= 1")
@@ -98,7 +98,7 @@ def check_labels(labels: Any, z1: Tensor) -> None:
     """(B,) integers, -1 for none."""
     whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
     if not whole:
-        raise TypeError(f"labels: must be a tensor of integers, not {_kind(labels)}")
+        raise TypeError(f"labels: must be a tensor of integers, not {kind(labels)}")
     if labels.shape != (len(z1),):
         raise ValueError(
             f"labels {tuple(labels.shape)}: must be ({len(z1)},), a label for each row of z1"
@@ -146,5 +146,6 @@ def _finite(z: Tensor) -> bool:
     )
 
 
-def _kind(z: object) -> str:
+def kind(z: object) -> str:
+    """What it is, for a message."""
     return f"a tensor of {z.dtype}" if isinstance(z, Tensor) else type(z).__name__

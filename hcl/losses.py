@@ -162,7 +162,7 @@ def hard(
     >>> torch.equal(hard(z1, z2, beta=0.0, tau_plus=0.0), nt_xent(z1, z2))
     True
     """
-    _check_debias(beta, tau_plus, debias, clamp, Q)
+    _check_debias(beta, tau_plus, debias, clamp, Q, detach_weights)
     batch = Batch(z1, z2, temperature, **among)
     log_ng, _ = _log_ng(batch, beta, tau_plus, detach_weights, debias, clamp, Q)
     return batch.mean(_softplus(log_ng - batch.positives))
@@ -265,7 +265,7 @@ def hard_scl(
     >>> round(hard_scl(z, z, labels).item(), 4)
     1.4954
     """
-    _check_debias(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q)
+    _check_debias(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q, detach_weights)
     batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_q = _log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
@@ -333,7 +333,7 @@ def schane(
     >>> torch.allclose(schane(z, z, labels, beta=0.0), supcon(z, z, labels))
     True
     """
-    _check_debias(beta, 0.0, "released", "scaled", None)
+    _check_debias(beta, 0.0, "released", "scaled", None, detach_weights)
     batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_ng = log_a - log_c + _log_count(batch.negatives)
@@ -383,10 +383,14 @@ def weighted(
     True
     """
     _check_debias(0.0, tau_plus, "released", clamp, Q)
+    if not callable(log_weights):
+        raise TypeError(f"log_weights={log_weights!r}: must be a function of s, i and j")
     batch = Batch(z1, z2, temperature, **among)
 
     def strip(s: Tensor, excluded: Tensor, i: Tensor, j: Tensor) -> Tensor:
         a = log_weights(s.masked_fill(excluded, -math.inf), i, j)
+        if not (isinstance(a, Tensor) and a.is_floating_point()):
+            raise TypeError(f"log_weights returned {checks.kind(a)}: must be floating point")
         if a.shape != s.shape:
             raise ValueError(f"log_weights returned {tuple(a.shape)} for scores {tuple(s.shape)}")
         a = a.masked_fill(excluded, -math.inf)
@@ -440,8 +444,16 @@ class ContrastiveLoss(nn.Module):
         checks.choice("method", method, METHODS)
         wanted = "must be positive (the papers use 0.5)"
         checks.number("temperature", temperature, wanted, above=0)
-        _check_debias(beta, tau_plus, debias, clamp, None if Q == "negatives" else Q)
+        _check_debias(
+            beta, tau_plus, debias, clamp, None if Q == "negatives" else Q, detach_weights
+        )
+        if sigma is not None:
+            checks.number("sigma", sigma, "must be positive (the paper uses 0.5), or None", above=0)
+        checks.choice("unlabelled", unlabelled, get_args(Unlabelled))
         checks.options(among)
+        for name in ("queue", "synthetic"):
+            if name in among:
+                raise TypeError(f"{name}: changes from call to call, loss(z1, z2, {name}=…)")
         if Q == "negatives" and "labels" not in _ARGUMENTS[method]:
             raise ValueError(f"Q='negatives': {method} has no labels; a number, or None")
         self.method, self.temperature, self.beta = method, temperature, beta
@@ -670,8 +682,16 @@ def _softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)  # exact at both ends, unlike torch's softplus
 
 
-def _check_debias(beta: float, tau_plus: float, debias: str, clamp: str, Q: float | None) -> None:
+def _check_debias(
+    beta: float,
+    tau_plus: float,
+    debias: str,
+    clamp: str,
+    Q: float | None,
+    detach_weights: bool = False,
+) -> None:
     checks.tilt(beta, tau_plus)
+    checks.choice("detach_weights", detach_weights, (True, False))
     checks.choice("debias", debias, get_args(Debias))
     checks.choice("clamp", clamp, get_args(Clamp))
     if Q is not None:

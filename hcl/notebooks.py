@@ -164,8 +164,8 @@ def load_yaml(text: str, name: str) -> Any:
 def environment_key(root: Path) -> str:
     """SHA-256 of all that a notebook's outputs depend on beside itself.
 
-    The library's source, the recorded runs (not the quick ones, a cache), the profiles, and the
-    versions of Python and torch.
+    The library's source, the recorded runs (not the quick ones, a cache), the profiles, the
+    benchmarks with their results, and the versions of Python and torch.
     """
     store = Path(os.environ.get("HCL_RUNS") or root / "data" / "runs")
     recorded = [p for p in store.rglob("*.json") if p.relative_to(store).parts[0] != "quick"]
@@ -173,6 +173,7 @@ def environment_key(root: Path) -> str:
         *(("hcl", p) for p in Path(__file__).parent.rglob("*.py")),
         *(("runs", p) for p in recorded),
         *(("profiles", p) for p in (root / "book" / "profiles").glob("*.yml")),
+        *(("benchmarks", p) for p in (root / "benchmarks").glob("*.*")),
     ]
     sums = sorted((kind, p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for kind, p in files)
     return _sha([sums, sys.version, version("torch")])
