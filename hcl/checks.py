@@ -1,6 +1,7 @@
 """What the losses refuse, at the call: the argument, its value, and what would do instead."""
 
 import math
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -12,7 +13,7 @@ UNLABELLED = -1
 
 
 def batch(
-    z1: Tensor, z2: Tensor | None, temperature: float | Tensor, labels: Tensor | None,
+    z1: Tensor, z2: Tensor | None, t: float | Tensor, labels: Tensor | None,
     unlabelled: str, among: Any,
 ) -> None:  # fmt: skip
     """Embeddings, labels and the options that every loss has.
@@ -29,7 +30,7 @@ def batch(
                 f"z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}: both must be (B, d), of one shape"
             )
         same("z2", z2, z1)
-    number("temperature", temperature, "must be positive (the papers use 0.5)", above=0)
+    temperature(t)
     choice("unlabelled", unlabelled, ("negative", "ignore"))
     options(among)
     if labels is not None:
@@ -94,6 +95,12 @@ def same(name: str, z: Tensor, z1: Tensor) -> None:
         raise TypeError(f"{name} is {z.dtype}, z1 {z1.dtype}: they must share a dtype")
 
 
+def given(labels: Any) -> None:
+    """Labels at all, for a loss that cannot do without."""
+    if labels is None:
+        raise ValueError("labels=None: must be a (B,) tensor of integers, -1 for unlabelled images")
+
+
 def check_labels(labels: Any, z1: Tensor) -> None:
     """(B,) integers, -1 for none."""
     whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
@@ -110,17 +117,28 @@ def check_labels(labels: Any, z1: Tensor) -> None:
 
 
 def number(name: str, value: Any, wanted: str, *, above: float = -math.inf) -> None:
-    """A finite number above a bound; of a tensor, if it is at hand, the one element."""
+    """A finite number above a bound."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: must be a number; {wanted}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value}: must be finite; {wanted}")
+    if not float(value) > above:
+        raise ValueError(f"{name}={value}: {wanted}")
+
+
+def temperature(value: Any) -> None:
+    """A positive number, or a tensor of one; what it holds is seen on a CPU."""
+    wanted = "must be positive (the papers use 0.5)"
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"{name}: a tensor must hold one floating point number, not {value}")
+            raise ValueError(
+                f"temperature: a tensor must hold one floating point number, not {kind(value)} "
+                f"of shape {tuple(value.shape)}"
+            )
         if value.device.type != "cpu":
             return
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r}: {wanted}")
-    if not (value > above and math.isfinite(value)):
-        raise ValueError(f"{name}={value}: {wanted}")
+    number("temperature", value, wanted, above=0)
 
 
 def choice(name: str, value: Any, known: tuple[Any, ...]) -> None:

@@ -266,6 +266,7 @@ def hard_scl(
     1.4954
     """
     _check_debias(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q, detach_weights)
+    checks.given(labels)
     batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_q = _log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
@@ -299,6 +300,7 @@ def supcon(
     >>> torch.allclose(supcon(z, z, torch.arange(4)), nt_xent(z, z))  # every image its own class
     True
     """
+    checks.given(labels)
     batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
     (log_sum,) = batch.log_sums(1.0, everyone=True)
     some = batch.companions > 0
@@ -334,6 +336,7 @@ def schane(
     True
     """
     _check_debias(beta, 0.0, "released", "scaled", None, detach_weights)
+    checks.given(labels)
     batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_ng = log_a - log_c + _log_count(batch.negatives)
@@ -442,8 +445,7 @@ class ContrastiveLoss(nn.Module):
     ):
         super().__init__()
         checks.choice("method", method, METHODS)
-        wanted = "must be positive (the papers use 0.5)"
-        checks.number("temperature", temperature, wanted, above=0)
+        checks.temperature(temperature)
         _check_debias(
             beta, tau_plus, debias, clamp, None if Q == "negatives" else Q, detach_weights
         )
@@ -471,8 +473,6 @@ class ContrastiveLoss(nn.Module):
         """Two (B, d) views, and (B,) labels where the method has them, to the scalar loss."""
         names = _ARGUMENTS[self.method]
         given: dict[str, Any] = {**self.settings, "beta": self.beta, "labels": labels}
-        if "labels" in names and labels is None:
-            raise ValueError(f"labels=None: {self.method} needs a (B,) tensor of integers")
         chosen = {name: given[name] for name in names}
         loss: Tensor = globals()[self.method](
             z1, z2, temperature=self.temperature, **chosen, **{**self.among, **among}

@@ -117,7 +117,7 @@ def test_one_view_needs_labels(name):
     function = getattr(losses, name)
     if name in SUPERVISED:
         assert torch.isfinite(function(z1, None, *arguments))
-        with pytest.raises(ValueError, match=r"z2=None: .* labels"):
+        with pytest.raises(ValueError, match="labels=None: "):
             function(z1, None, None)
     with pytest.raises(ValueError, match="z2=None: "):
         function(z1, None, *arguments, cross_modal=True)

@@ -262,9 +262,14 @@ LABELS = torch.tensor([2, 0, 2, 5, 0])
 
 
 def say(value):
+    """The same in every process; sets and functions print in another way in each."""
     if isinstance(value, dict):
-        return ",".join(f"{k}={v}" for k, v in value.items()) or "-"
-    return str(value)
+        return ",".join(f"{k}={say(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if isinstance(value, set):
+        return "+".join(sorted(value)) or "-"
+    return getattr(value, "__name__", str(value))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -859,6 +864,35 @@ def test_debiased_separately_with_detached_weights_has_no_gradient_of_any_weight
     given = {"z1": made["z1"], "z2": made["z2"]}
     assert clamp_share(**given, tau_plus=0.02, debias="separate") == 0.0
     agree("hard", options, given)
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize(("debias", "clamp", "q"), [
+    ("released", "scaled", None), ("released", "unscaled", 0.2), ("released", "unscaled", 20.0),
+    ("separate", "scaled", None), ("separate", "unscaled", 20.0),
+])  # fmt: skip
+def test_the_share_of_clamped_anchors(debias, clamp, q, tau):
+    """Anchor by anchor: those whose estimate lies below the floor, or one of whose parts does."""
+    made, t, beta = data(seed=25, noise=0.8), 0.5, 0.7
+    floor, clamped = math.exp(-1 / t), []
+    for a in anchors(made["z1"], made["z2"], t):
+        u, pos = a.negatives.exp(), a.own.exp()
+        weight = len(u) if q is None else q
+        least = floor * (weight if clamp == "scaled" else 1)
+        ng = weight * (tilted_mean(u, beta) - tau * pos) / (1 - tau)
+        bound = False
+        if debias == "separate":
+            top = (u ** (1 + beta)).mean() - tau * pos ** (1 + beta)
+            bottom = (u**beta).mean() - tau * pos**beta
+            bound = bool(top < (1 - tau) * floor ** (1 + beta) or bottom < (1 - tau) * floor**beta)
+            ng = weight * top / bottom
+            bound = bound or bool(ng > weight / floor)
+        clamped.append(bound or bool(ng < least))
+    share = clamp_share(
+        made["z1"], made["z2"], temperature=t, beta=beta, tau_plus=tau, debias=debias,
+        clamp=clamp, Q=q,
+    )  # fmt: skip
+    assert share == pytest.approx(sum(clamped) / len(clamped))
 
 
 def classes(n, per_class, d, spread, seed=0):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shutil
 import subprocess
 import sys
 
@@ -468,13 +467,12 @@ def kilobytes(key):
 
 def step(name, n):
     z1, z2 = (torch.randn(n // 2, {d}, requires_grad=True) for _ in range(2))
-    labels = torch.arange(n // 2)
+    labels = torch.zeros(n // 2, dtype=torch.int64)
     open("/proc/self/clear_refs", "w").write("5")
     before = kilobytes("VmRSS")
     loss = {{
         "hard": lambda: hard(z1, z2),
-        "small classes": lambda: hard_scl(z1, z2, labels // 10),
-        "one class": lambda: hard_scl(z1, z2, 0 * labels),
+        "one class": lambda: hard_scl(z1, z2, labels),
         "weights": lambda: weighted(z1, z2, lambda s, i, j: 1.0 * s),
     }}[name]()
     loss.backward()
@@ -494,10 +492,7 @@ for name, n in {cases}:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_no_matrix_is_in_memory():
     """The matrix would be 256 MiB, and 144 MiB of the smaller batch, and autograd keeps several."""
-    d, cases = (
-        128,
-        [("hard", 8192), ("small classes", 6144), ("one class", 6144), ("weights", 6144)],
-    )
+    d, cases = 128, [("hard", 8192), ("one class", 6144), ("weights", 6144)]
     done = subprocess.run(
         [sys.executable, "-c", MEMORY.format(cases=cases, d=d)],
         capture_output=True, text=True, check=True,
@@ -511,9 +506,16 @@ def test_no_matrix_is_in_memory():
     assert all(0 < grown[name] <= allowed[name] for name in grown), (grown, allowed)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_step_has_the_same_value_and_gradient(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.fixture
+def fresh_compiler():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_step_has_the_same_value_and_gradient():
+    """As torch.compile traces and differentiates it; its own kernels take a minute to build here.
+    The passes are no part of its graphs, which break around them."""
     z1, z2 = pair(8, 4)
     linear = torch.nn.Linear(4, 4)
 
@@ -521,7 +523,7 @@ def test_a_compiled_step_has_the_same_value_and_gradient(tmp_path, monkeypatch):
         return hard(linear(a), linear(b))
 
     found = []
-    for function in (step, torch.compile(step)):
+    for function in (step, torch.compile(step, backend="aot_eager")):
         linear.weight.grad = None
         loss = function(z1, z2)
         loss.backward()
