@@ -21,8 +21,10 @@ def batch(
     Values of tensors are looked at on a CPU only: on another device that would wait for it.
     """
     embeddings("z1", z1)
-    if z2 is None and (labels is None or among["cross_modal"]):
-        raise ValueError("z2=None: one view has positives only where labels name them")
+    if z2 is None and among["cross_modal"]:
+        raise ValueError("z2=None: cross_modal needs two views")
+    if z2 is None and labels is None:
+        raise ValueError("z2=None: one view has positives only where there are labels")
     if z2 is not None:
         embeddings("z2", z2)
         if z1.shape != z2.shape:
@@ -126,19 +128,17 @@ def number(name: str, value: Any, wanted: str, *, above: float = -math.inf) -> N
         raise ValueError(f"{name}={value}: {wanted}")
 
 
-def temperature(value: Any) -> None:
-    """A positive number, or a tensor of one; what it holds is seen on a CPU."""
-    wanted = "must be positive (the papers use 0.5)"
+def temperature(value: Any) -> float:
+    """A positive number, or a tensor of one; of a GPU's tensor it waits for the device."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"temperature: a tensor must hold one floating point number, not {kind(value)} "
                 f"of shape {tuple(value.shape)}"
             )
-        if value.device.type != "cpu":
-            return
         value = value.item()
-    number("temperature", value, wanted, above=0)
+    number("temperature", value, "must be positive (the papers use 0.5)", above=0)
+    return float(value)
 
 
 def choice(name: str, value: Any, known: tuple[Any, ...]) -> None:

@@ -22,15 +22,17 @@ schane      other labels      :math:`\beta s`      0         same label, all in 
 weighted    as you say        as you say           >= 0      the other view
 ==========  ================  ===================  ========  =======================================
 
-Each is computed in log space from row log-sum-exps (:mod:`hcl.rowstats`) in O(N d) memory:
+The denominators of ``decoupled``, ``supcon`` and ``schane`` differ, as their docstrings show.
+Each is computed in log space from row log-sum-exps (:mod:`hcl.rowstats`) in O(N d) memory (second
+derivatives take O(N^2)):
 :math:`\log M g_i = \log M + \mathrm{LSE}_j((1 + \beta) s_{ij}) - \mathrm{LSE}_j(\beta s_{ij})`.
 
 All of them take the options of :class:`hcl.negatives.Among` as keywords: ``normalize``,
 ``cross_modal``, ``queue``, ``synthetic``, ``gather``, ``engine``, ``precision``. All return a
 scalar, float64 for float64 embeddings and float32 otherwise, also under autocast, and raise
 
-* ValueError: a parameter out of its range, shapes or devices that do not fit, a batch without
-  negatives, NaN or infinity (looked for on a CPU; on a GPU that would wait for the device);
+* ValueError: a parameter out of its range, shapes or devices that do not fit, one image without
+  labels, NaN or infinity (looked for on a CPU; on a GPU that would wait for the device);
 * TypeError: embeddings that are not floating point or of two dtypes, labels that are not integers.
 
 Only torch and numpy are imported, so the losses can be used in any trainer.
@@ -46,6 +48,7 @@ from torch.nn import functional as F
 
 from hcl import checks
 from hcl.negatives import Among, Batch, Unlabelled
+from hcl.tiles import wide
 
 Clamp = Literal["scaled", "unscaled"]
 Debias = Literal["released", "separate"]
@@ -68,7 +71,7 @@ def nt_xent(
 
     Returns: scalar, the mean over the 2B anchors.
 
-    Source: Chen et al. 2020 (SimCLR), Eq. 1; with ``cross_modal``, Radford et al. 2021 (CLIP).
+    Source: Chen et al. 2020 (SimCLR); with ``cross_modal``, the form of Radford et al. 2021 (CLIP).
 
     >>> z = torch.eye(2)
     >>> round(nt_xent(z, z, temperature=0.5).item(), 4)  # log(1 + 2 e^0 / e^2)
@@ -89,11 +92,12 @@ def debiased(
     Q: float | None = None,
     **among: Unpack[Among],
 ) -> Tensor:
-    """Debiased contrastive loss with one positive (M = 1): subtracts the expected false negatives.
+    """Debiased contrastive loss with one positive: subtracts the expected false negatives.
 
     :func:`hard` with beta = 0; arguments, shapes and errors are explained there.
 
-    Source: Chuang et al. 2020 (Debiased Contrastive Learning), Eqs. 7-8 with M = 1.
+    Source: Chuang et al. 2020 (Debiased Contrastive Learning) and the released code, which takes
+    one positive.
 
     >>> z1, z2 = torch.eye(4, 8), torch.eye(4, 8)
     >>> bool(debiased(z1, z2, tau_plus=0.1) < nt_xent(z1, z2))
@@ -131,9 +135,9 @@ def hard(
         beta: hardness >= 0. Zero weighs all negatives alike.
         tau_plus: class prior in [0, 1): the assumed share of false negatives.
         detach_weights: stop the gradient through the weights q (the released code does not).
-        debias: "released" is the formula above, which takes the share of false negatives under
-            the weights q for tau_plus. It is :math:`\tau^+ Z^+ / Z` there, with Z and
-            :math:`Z^+` the means of :math:`e^{\beta s}` over all and over false negatives:
+        debias: "released" is the formula above. It takes tau_plus for the share of false negatives
+            under the weights q, which is :math:`\tau^+ Z^+ / Z`, with Z and :math:`Z^+` the means
+            of :math:`e^{\beta s}` over all candidates and over the false negatives:
 
             .. math::
                 \frac{\mathbb E[e^{(1+\beta)s}]}{\mathbb E[e^{\beta s}]} =
@@ -141,7 +145,8 @@ def hard(
                      {\tau^+ \mathbb E^+[e^{\beta s}] + \tau^- \mathbb E^-[e^{\beta s}]} .
 
             "separate" subtracts from both sums and so recovers the tilted mean over true
-            negatives. With A and C the sums of :math:`e^{(1+\beta)s}` and :math:`e^{\beta s}`,
+            negatives. With A and C the sums of :math:`e^{(1+\beta)s}` and :math:`e^{\beta s}`
+            over the M candidates,
 
             .. math:: \mathrm{Ng} = Q\, \frac{A / M - \tau^+ e^{(1+\beta)p}}
                                            {C / M - \tau^+ e^{\beta p}},
@@ -149,14 +154,14 @@ def hard(
             numerator and denominator no less than :math:`\tau^- e^{-(1+\beta)/t}` and
             :math:`\tau^- e^{-\beta/t}`, their least values for unit rows, and Ng no more than
             :math:`Q e^{1/t}`. The two agree at beta = 0.
-        clamp: floor of Ng: "scaled" is Q e^(-1/t), as released; "unscaled" is e^(-1/t), as the
-            paper's pseudo-code prints it.
+        clamp: floor of Ng: "scaled" is Q e^(-1/t), as released; "unscaled" is e^(-1/t), as in the
+            paper's pseudo-code (as others' code quotes it).
         Q: weight on the negatives; None is their number, 2B - 2, as released.
 
     Returns: scalar, the mean over the 2B anchors.
 
-    Source: Robinson et al. 2021 (HCL), the objective of Section 3 with M = 1 positive, and the
-    released image code's constants; debias="separate" is our derivation.
+    Source: Robinson et al. 2021 (HCL) with one positive, and the released image code's constants;
+    debias="separate" is our derivation.
 
     >>> z1, z2 = torch.randn(8, 16), torch.randn(8, 16)
     >>> torch.equal(hard(z1, z2, beta=0.0, tau_plus=0.0), nt_xent(z1, z2))
@@ -172,7 +177,7 @@ def decoupled(
     z1: Tensor,
     z2: Tensor,
     *,
-    temperature: Temperature = 0.1,
+    temperature: Temperature = 0.5,
     sigma: float | None = None,
     **among: Unpack[Among],
 ) -> Tensor:
@@ -185,7 +190,8 @@ def decoupled(
         z1, z2, temperature, among: as in :func:`nt_xent`.
         sigma: > 0, of the weights over the B pairs, which have no gradient; None weighs all by 1.
 
-    Source: Yeh et al. 2022 (Decoupled Contrastive Learning), DCL and DCLW.
+    Source: Yeh et al. 2022 (Decoupled Contrastive Learning), DCL and DCLW, after a third-party
+    implementation; its temperature is 0.1.
 
     >>> z = torch.eye(2)
     >>> round(decoupled(z, z, temperature=0.5).item(), 4)  # -2 + log(2 e^0)
@@ -266,8 +272,7 @@ def hard_scl(
     1.4954
     """
     _check_debias(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q, detach_weights)
-    checks.given(labels)
-    batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
+    batch = Batch(z1, z2, temperature, labels, unlabelled, supervised=True, **among)
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_q = _log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
     log_ng = log_a - log_c + log_q
@@ -294,14 +299,13 @@ def supcon(
         Scalar, the mean over the anchors that have a positive; 0 without any. The reference code
         multiplies by t / 0.07; this does not.
 
-    Source: Khosla et al. 2020 (SupCon), Eq. 2.
+    Source: Khosla et al. 2020 (SupCon) and its reference code.
 
     >>> z = torch.eye(4, 8)
     >>> torch.allclose(supcon(z, z, torch.arange(4)), nt_xent(z, z))  # every image its own class
     True
     """
-    checks.given(labels)
-    batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
+    batch = Batch(z1, z2, temperature, labels, unlabelled, supervised=True, **among)
     (log_sum,) = batch.log_sums(1.0, everyone=True)
     some = batch.companions > 0
     return batch.mean((log_sum - batch.positive_mean()).where(some, 0.0), weight=some)
@@ -324,20 +328,19 @@ def schane(
         \ell_i = \log \Big( \sum_{p \in P(i)} e^{s_{ip}} + |N(i)| \sum_j q_{ij} e^{s_{ij}} \Big)
         - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}, \qquad q_{ij} \propto e^{\beta s_{ij}}
 
-    Args: as in :func:`hard_scl`; the paper's weights are those of beta = 1.
+    Args: as in :func:`hard_scl`; as we recall the paper, its weights are those of beta = 1.
 
     Returns: scalar, the mean over the anchors that have a positive; 0 without any.
 
-    Source: Long et al. 2023 (SCHaNe), our reading of an ambiguous formula; the mean over anchors,
-    where the paper writes a sum, is ours.
+    Source: Long et al. 2023 (SCHaNe), our reading, from memory, of an ambiguous formula; the mean
+    over anchors is ours.
 
     >>> z, labels = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 2, -1])
     >>> torch.allclose(schane(z, z, labels, beta=0.0), supcon(z, z, labels))
     True
     """
     _check_debias(beta, 0.0, "released", "scaled", None, detach_weights)
-    checks.given(labels)
-    batch = Batch(z1, z2, temperature, labels, unlabelled, **among)
+    batch = Batch(z1, z2, temperature, labels, unlabelled, supervised=True, **among)
     log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
     log_ng = log_a - log_c + _log_count(batch.negatives)
 
@@ -557,7 +560,8 @@ def negative_weights(
     checks.tilt(beta)
     batch = Batch(z1, z2, temperature, normalize=normalize)
     (side,) = batch.sides
-    a = beta / temperature * side.x @ side.x.T
+    with torch.autocast(side.x.device.type, enabled=False):
+        a = beta / temperature * side.x @ side.x.T
     q = a.masked_fill(side.own[:, None] == side.own, -math.inf).softmax(dim=1)
     return torch.empty_like(q).index_put_((batch.rows(side)[:, None], batch.cols(side)), q)
 
@@ -675,7 +679,11 @@ def _log(x: float) -> float:
 
 def _log_count(count: int | Tensor) -> Any:
     """log of a number of negatives, 0 where there are none."""
-    return math.log(max(count, 1)) if isinstance(count, int) else count.double().clamp(min=1).log()
+    return (
+        math.log(max(count, 1))
+        if isinstance(count, int)
+        else count.to(wide(count)).clamp(min=1).log()
+    )
 
 
 def _softplus(x: Tensor) -> Tensor:

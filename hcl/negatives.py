@@ -8,7 +8,7 @@ one image are a group. :mod:`hcl.losses` writes every loss in these terms.
 
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hcl import checks, distributed
 from hcl.rowstats import Engine, Precision, by_strips, differentiable, logsumexps
-from hcl.tiles import STRIP, wide
+from hcl.tiles import LEAST, STRIP, wide
 
 Unlabelled = Literal["negative", "ignore"]
 
@@ -27,12 +27,15 @@ class Among(TypedDict, total=False):
 
     normalize: divide each row by its L2 norm first (True). The clamps assume unit rows.
     cross_modal: compare z1 with z2 alone, and z2 with z1, as CLIP does (False).
-    queue: (K, d) more negatives, the same for every anchor, as MoCo has.
-    synthetic: (2B, S, d) more negatives, each anchor's own: of z1's rows, then of z2's.
+    queue: (K, d) more negatives, the same for every anchor, as MoCo has. They have no labels, and
+        are not gathered: give every process the same.
+    synthetic: (2B, S, d) more negatives, each anchor's own: of z1's rows, then of z2's, of this
+        process; (B, S, d) for one view.
     gather: candidates are the rows of all processes of torch.distributed; all get the same loss.
         "averaged" scales gradients by the number of processes, for a trainer that averages them
         (DistributedDataParallel), "summed" does not; False looks at this process alone.
-    engine, precision: see :func:`hcl.rowstats.logsumexps`.
+    engine, precision: see :func:`hcl.rowstats.logsumexps`. The positives of scl, hard_scl and
+        schane, and weighted, are computed in torch whatever the engine.
     """
 
     normalize: bool
@@ -67,23 +70,30 @@ class Batch:
     Args:
         z1, z2: (B, d) floating point; z2 is None for one view, which needs labels.
         temperature: t > 0, or a tensor of one element, which may learn.
-        labels: (B,) integers; None makes every image a class of its own.
+        labels: (B,) integers; None makes every image a class of its own, unless ``supervised``.
         unlabelled: an image of label -1 is a class of its own ("negative") or left out ("ignore").
         among: see :class:`Among`.
 
     Attributes:
         positives: (n,) score of the anchor with its other view.
         pairs: (B,) the same once for each pair, of all processes.
-        others: how many candidates are neither the anchor nor its other view, 2B - 2.
+        others: how many candidates are neither the anchor nor its other view, 2B - 2, and the
+            queue and the synthetic ones.
     """
 
     def __init__(
         self, z1: Tensor, z2: Tensor | None, temperature: float | Tensor,
-        labels: Tensor | None = None, unlabelled: Unlabelled = "negative", **among: Any,
+        labels: Tensor | None = None, unlabelled: Unlabelled = "negative",
+        supervised: bool = False, **among: Any,
     ):  # fmt: skip
         checks.options(among)
         self.among: Any = {**DEFAULTS, **among}
-        check = partial(checks.batch, z1, z2, temperature, labels, unlabelled, self.among)
+
+        def check() -> None:  # when gathered, a refusal here is one on all processes
+            if supervised:
+                checks.given(labels)
+            checks.batch(z1, z2, temperature, labels, unlabelled, self.among)
+
         if self.among["gather"]:
             everyone = distributed.gather(z1, z1 if z2 is None else z2, labels, check=check)
             self.mine = range(everyone.start, everyone.start + len(z1))
@@ -94,10 +104,7 @@ class Batch:
             self.mine = range(len(z1))
         checks.enough(len(z1), labels, self.among)
         self.size, self.dtype, self.supervised = len(z1), z1.dtype, labels is not None
-        # of a tensor on a GPU this waits for the device
-        self.temperature = float(
-            temperature.detach() if isinstance(temperature, Tensor) else temperature
-        )
+        self.temperature = checks.temperature(temperature)
         with torch.autocast(z1.device.type, enabled=False):
             self.order, group = _groups(z1, labels, unlabelled)
             z, p = unit_views(
@@ -141,6 +148,8 @@ class Batch:
     @cached_property
     def local(self) -> Tensor:
         """Which images, in order, are of this process."""
+        if not self.supervised:
+            return torch.arange(self.mine.start, self.mine.stop, device=self.order.device)
         return ((self.order >= self.mine.start) & (self.order < self.mine.stop)).nonzero().flatten()
 
     def rows(self, side: Side) -> Tensor:
@@ -160,7 +169,8 @@ class Batch:
 
     @staticmethod
     def _index(images: Tensor, views: tuple[int, ...], step: int) -> Tensor:
-        return (images[:, None] + step * torch.tensor(views, device=images.device)).flatten()
+        view = torch.arange(views[0], views[-1] + 1, device=images.device)
+        return (images[:, None] + step * view).flatten()
 
     def _like(self, more: Tensor, z: Tensor) -> Tensor:
         """More negatives, treated as the rows of the batch."""
@@ -262,7 +272,7 @@ class Batch:
             y, other, j = side.y, side.other, self.cols(side)
             if self.queue is not None:
                 y = torch.cat([y, self.queue])
-                other = torch.cat([other, torch.full((len(self.queue),), -1).to(other)])
+                other = torch.cat([other, other.new_full((len(self.queue),), -1)])
             values = [side.own, self.rows(side)]
             if self.synthetic is not None:
                 values.append(self.synthetic[first : first + len(side.x)])
@@ -280,7 +290,12 @@ class Batch:
                     excluded = F.pad(excluded, (0, synthetic[0].shape[1]))
                 return function(s, excluded, i, j)
 
-            found.append(by_strips(strip, side.x, y, *values, scale=1 / self.temperature))
+            found.append(
+                by_strips(
+                    strip, side.x, y, *values, scale=1 / self.temperature,
+                    precision=self.among["precision"],
+                )
+            )  # fmt: skip
         return torch.cat(found)
 
     def over_positives(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
@@ -294,8 +309,8 @@ class Batch:
             part = [v[first : first + len(side.x)] for v in values]
             first += len(side.x)
             # their columns, which are next to each other; on a GPU this waits for the device
-            low = torch.searchsorted(side.other, side.own).tolist() or [0]
-            high = torch.searchsorted(side.other, side.own, right=True).tolist() or [1]
+            low = torch.searchsorted(side.other, side.own).tolist()
+            high = torch.searchsorted(side.other, side.own, right=True).tolist()
 
             def strip(
                 s: Tensor, rows: slice, cols: slice, place: Tensor, *values: Tensor,
@@ -305,15 +320,10 @@ class Batch:
                 positive = side.own[rows, None] == side.other[cols]
                 return function(s, positive & (place[:, None] != j), *values)
 
-            def columns(rows: slice, low: list[int] = low, high: list[int] = high) -> slice:
-                return slice(low[rows.start], high[rows.stop - 1])
-
-            widest = max(b - a for a, b in zip(low, high, strict=True))
-            height = max(1, min(256, STRIP // (256 + 2 * widest)))
             found.append(
                 by_strips(
-                    strip, side.x, side.y, self.places(side), *part,
-                    scale=1 / self.temperature, columns=columns, height=height,
+                    strip, side.x, side.y, self.places(side), *part, scale=1 / self.temperature,
+                    strips=_spans(low, high), precision=self.among["precision"],
                 )
             )  # fmt: skip
         return torch.cat(found)
@@ -344,6 +354,18 @@ class Batch:
         return (value + (local - local.detach())).to(dtype)
 
 
+def _spans(low: list[int], high: list[int]) -> list[tuple[slice, slice]]:
+    """Rows in turn, as many as fit into a strip with the columns low to high that they need."""
+    spans, top = [], 0
+    while top < len(low):
+        end = min(top + 256, len(low))
+        while end - top > LEAST and (end - top) * (high[end - 1] - low[top]) > STRIP["cpu"]:
+            end = top + (end - top) // 2
+        spans.append((slice(top, end), slice(low[top], high[end - 1])))
+        top = end
+    return spans
+
+
 def _add(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b); torch's logaddexp has no second derivative at -inf."""
     return torch.stack([a, b]).logsumexp(dim=0)
@@ -359,7 +381,8 @@ def _groups(z: Tensor, labels: Tensor | None, unlabelled: Unlabelled) -> tuple[T
     place = torch.arange(len(z), device=z.device)
     if labels is None:
         return place, place
-    labels = torch.where(labels == checks.UNLABELLED, -1 - place, labels)  # each its own
+    labels = labels.long()
+    labels = torch.where(labels < 0, -1 - place, labels)  # each its own
     order = labels.argsort(stable=True)
     if unlabelled == "ignore":
         order = order[labels[order] >= 0]

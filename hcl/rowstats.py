@@ -22,7 +22,8 @@ any device) and :mod:`hcl.kernels` (Triton, for a GPU).
 """
 
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -55,14 +56,15 @@ def logsumexps(
     Args:
         x: (n, d) anchors, floating point.
         y: (m, d) candidates of the same dtype; None where they are the anchors.
-        own: (n,) int64 group of each anchor, ascending, from 0 to at most 2^24.
+        own: (n,) int64 group of each anchor, ascending, at most 2^24 in absolute value.
         other: (m,) the same for the candidates; None with y.
+        scale: factor of the inner products, 1 / t.
         powers: the K factors k > 0, e.g. (1 + beta, beta).
         bound: no smaller than any \|scale <x_i, y_j>\|; infinity if unknown. Small ones are faster.
         columns: also the statistics of the columns over their rows; y must be given.
         engine: "tiled" (torch), "triton", or "auto": the latter on a GPU that has it.
         precision: of float32 products, in the words of torch.set_float32_matmul_precision; None
-            is torch's setting.
+            is torch's setting. In "tiled" it is set for the whole process while a pass runs.
 
     Returns:
         (K, n), and (K, m) or None; float64 where the device has it, since the rounding of a
@@ -86,7 +88,7 @@ def logsumexps(
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision={precision!r}: one of {', '.join(get_args(Precision))}, None")
     bounded = max(powers) * bound < SAFE
-    settings = (tuple(powers), scale, bounded, columns, engine, precision)
+    settings = (tuple(map(float, powers)), float(scale), bounded, engine, columns, precision)
     rows, cols = _LogSumExps.apply(x, y, own, other, settings)
     return rows, cols if columns else None
 
@@ -97,10 +99,10 @@ def by_strips(
     y: Tensor,
     *values: Tensor,
     scale: float,
-    columns: Callable[[slice], slice] | None = None,
-    height: int | None = None,
+    strips: Sequence[tuple[slice, slice]] | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
-    """Any statistic of the rows of the scores, one strip of whole rows at a time.
+    """Any statistic of the rows of the scores, one strip of rows at a time, in torch.
 
     ``function(s, rows, cols, *values)`` gets the scores s (r, c) of a strip, the slices of its rows
     and columns, and the strip's part of each of ``values``; it returns (r, ...). The backward pass
@@ -111,8 +113,9 @@ def by_strips(
         x, y: (n, d) anchors and (m, d) candidates.
         values: (n, ...) tensors with a row for each anchor.
         scale: the scores are ``scale * x @ y.T``.
-        columns: the columns that a slice of rows needs; all by default.
-        height: rows of a strip; by default as many as make a million scores, at least one.
+        strips: slices of all rows in turn, each with the columns that it needs; by default all
+            columns, and as many rows as make about a megabyte of scores.
+        precision: as in :func:`logsumexps`.
 
     Returns: (n, ...). Memory: O((n + m) d) and a few strips.
 
@@ -120,11 +123,10 @@ def by_strips(
     >>> by_strips(lambda s, rows, cols: s.sum(dim=1), x, x, scale=2.0)
     tensor([2., 2., 2.])
     """
-    height = height or max(1, tiles.STRIP // max(len(y), 1))
-    strips = [slice(top, min(top + height, len(x))) for top in range(0, len(x), height)]
-    strips = strips or [slice(0, 0)]
-    pairs = [(i, columns(i) if columns else slice(0, len(y))) for i in strips]
-    found: Tensor = _Strips.apply(function, pairs, scale, x, y, *values)
+    if strips is None:
+        strips = [(i, slice(0, len(y))) for i in tiles.strips(x, y)]
+    settings = function, strips or [(slice(0, 0), slice(0, len(y)))], scale, precision
+    found: Tensor = _Strips.apply(settings, x, y, *values)
     return found
 
 
@@ -133,21 +135,21 @@ class _LogSumExps(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, own: Tensor, other: Tensor | None, settings: Any
     ) -> tuple[Tensor, Tensor]:
-        powers, scale, bounded, columns, engine, precision = settings
-        passes = _passes(_scores(x, y, own, other, scale, powers), engine, bounded, precision)
+        columns, precision = settings[-2:]
+        passes = _passes(x, y, own, other, settings)
         with _plain(x, precision):
             rows, cols = passes.forward(columns=columns)
         cols = rows.new_empty(0) if cols is None else cols
-        ctx.save_for_backward(x, y, own, other, rows, cols)
-        ctx.settings, ctx.passes = settings, passes
+        ctx.save_for_backward(x, y, own, other, rows, cols, *passes.kept.values())
+        ctx.settings, ctx.kept = settings, list(passes.kept)
         if not columns:
             ctx.mark_non_differentiable(cols)
         return rows, cols
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, own, other, rows, cols = ctx.saved_tensors
-        powers, scale, _, columns, _, precision = ctx.settings
+        x, y, own, other, rows, cols, *kept = ctx.saved_tensors
+        powers, scale, _, _, columns, precision = ctx.settings
         if torch.is_grad_enabled():  # a second derivative is wanted: the formula itself, O(N^2)
 
             def formula(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
@@ -155,33 +157,38 @@ class _LogSumExps(torch.autograd.Function):
 
             return *differentiable(formula, (x, y), grads[: 1 + columns]), None, None, None
         row, col = Arrived(rows, grads[0]), Arrived(cols, grads[1]) if columns else None
+        passes = _passes(x, y, own, other, ctx.settings)
+        passes.kept = dict(zip(ctx.kept, kept, strict=True))
         with _plain(x, precision):
-            found = ctx.passes.backward(row, col, wanted=ctx.needs_input_grad[:2])
-        return *found, None, None, None
+            dx, dy = passes.backward(row, col, wanted=ctx.needs_input_grad[:2])
+        return (
+            None if dx is None else dx.to(x.dtype),
+            None if dy is None or y is None else dy.to(y.dtype),
+            None, None, None,
+        )  # fmt: skip
 
 
 class _Strips(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, function: Any, pairs: Any, scale: float, x: Tensor, y: Tensor, *values: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, settings: Any, x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, *values)
-        ctx.settings = function, pairs, scale
-        with _plain(x, None):
-            return _over(ctx.settings, x, y, *values)
+        ctx.settings = settings
+        with _plain(x, settings[-1]):
+            return _over(settings, x, y, *values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
+        function, strips, scale, precision = ctx.settings
         if torch.is_grad_enabled():
-            found = differentiable(partial(_over, ctx.settings), inputs, (grad,))
-            return None, None, None, *found
-        function, pairs, scale = ctx.settings
-        wanted = ctx.needs_input_grad[3:]
+            with _plain(inputs[0], precision):
+                found = differentiable(partial(_over, ctx.settings), inputs, (grad,))
+            return None, *found
+        wanted = ctx.needs_input_grad[1:]
         total = [torch.zeros_like(v) if w else None for v, w in zip(inputs, wanted, strict=True)]
-        for i, j in pairs:
+        for i, j in strips:
             at = (i, j, *[i] * (len(inputs) - 2))
-            with torch.enable_grad(), _plain(inputs[0], None):
+            with torch.enable_grad(), _plain(inputs[0], precision):
                 parts = [
                     v.detach()[k].requires_grad_(w)
                     for v, k, w in zip(inputs, at, wanted, strict=True)
@@ -192,18 +199,18 @@ class _Strips(torch.autograd.Function):
             for whole, k in zip(total, at, strict=True):
                 if whole is not None and (part := next(grads)) is not None:
                     whole[k] += part
-        return None, None, None, *total
+        return None, *total
 
 
 def _over(settings: Any, x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
-    function, pairs, scale = settings
-    pieces = (function(scale * x[i] @ y[j].T, i, j, *(v[i] for v in values)) for i, j in pairs)
+    function, strips, scale, _ = settings
+    pieces = (function(scale * x[i] @ y[j].T, i, j, *(v[i] for v in values)) for i, j in strips)
     if torch.is_grad_enabled():
         return torch.cat(list(pieces))
     first = next(pieces)
     whole = first.new_empty(len(x), *first.shape[1:])
-    whole[pairs[0][0]] = first
-    for (i, _), piece in zip(pairs[1:], pieces, strict=True):
+    whole[strips[0][0]] = first
+    for (i, _), piece in zip(strips[1:], pieces, strict=True):
         whole[i] = piece  # small tensors kept between large ones would fragment the memory
     return whole
 
@@ -222,14 +229,25 @@ def _scores(
 @contextmanager
 def _plain(x: Tensor, precision: Precision | None) -> Iterator[None]:
     """No autocast, and products of the precision asked for; nothing to do is the usual case."""
-    before = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
         if torch.is_autocast_enabled(x.device.type):
             stack.enter_context(torch.autocast(x.device.type, enabled=False))
-        if precision not in (None, before):
-            torch.set_float32_matmul_precision(str(precision))
-            stack.callback(torch.set_float32_matmul_precision, before)
+        if precision is not None:  # of the whole process: one thread at a time
+            stack.enter_context(_ONE_PRECISION)
+            stack.callback(torch.set_float32_matmul_precision, torch_precision())
+            torch.set_float32_matmul_precision(precision)
         yield
+
+
+_ONE_PRECISION = threading.RLock()
+
+
+def torch_precision() -> str:
+    """What torch is set to, in the words of either of its two settings."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one is in use, and torch refuses to mix them
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def _dense(scores: Scores, columns: bool) -> tuple[Tensor, ...]:
@@ -259,20 +277,25 @@ def differentiable(function: Callable[..., Any], inputs: Any, grads: Any) -> lis
     return [next(found) if v is not None and v.requires_grad else None for v in parts]
 
 
-def _passes(scores: Scores, engine: Engine, bounded: bool, precision: Precision | None) -> Any:
+def _passes(x: Tensor, y: Tensor | None, own: Tensor, other: Tensor | None, settings: Any) -> Any:
     """The two passes as the device does them."""
-    x = scores.x
+    powers, scale, bounded, engine, _, precision = settings
     if engine == "triton" or (engine == "auto" and x.is_cuda):
         from hcl import kernels  # needs Triton, which torch brings along on Linux alone
 
-        fits = x.dtype != torch.float64 and x.shape[1] <= 1024
-        if kernels.available(x.device) and fits and len(x) and len(scores.y):
-            return _Kernels(scores, bounded, precision or torch.get_float32_matmul_precision())
-        if engine == "triton" and len(x):
+        some = len(x) and (y is None or len(y))
+        fits = x.dtype != torch.float64 and x.shape[1] <= 1024 and kernels.available(x.device)
+        if fits and some:
+            scores = _scores(x, y, own.int(), None if other is None else other.int(), scale, powers)
+            return _Kernels(scores, bounded, precision or torch_precision())
+        if engine == "triton" and not fits:
             raise ValueError(
                 f"engine='triton': not for {x.dtype} rows of {x.shape[1]} on {x.device}; it needs "
                 "Triton, a CUDA device of capability 8.0 or more, no float64, and d <= 1024"
             )
+    if x.dtype.itemsize == 2:  # neither sums nor groups fit into 16 bits
+        x, y = x.float(), None if y is None else y.float()
+    scores = _scores(x, y, own, other, scale, powers)
     return tiles.Tiles(scores) if bounded else tiles.Shifted(scores)
 
 
@@ -280,7 +303,7 @@ class _Kernels:
     """The passes of :mod:`hcl.kernels`, which know rows and columns but no autograd."""
 
     def __init__(self, scores: Scores, bounded: bool, precision: str):
-        self.scores = scores._replace(own=scores.own.int(), other=scores.other.int())
+        self.scores, self.kept = scores, dict[tuple[int, int], Tensor]()
         self.same: dict[str, Any] = {
             "scale": scores.scale, "powers": scores.powers, "bounded": bounded,
             "precision": precision,
@@ -315,4 +338,4 @@ class _Kernels:
             for side, value in (("row", row), ("col", col))
             for name in ("lse", "grad")
         }
-        return kernels.backward(x, y, own, other, **arrived, **self.same).to(x.dtype)
+        return kernels.backward(x, y, own, other, **arrived, **self.same)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 SAFE = 40.0  # float32 holds the sum of a million e^40, and e^-40 to full precision
 TILE = {"cpu": (256, 1024), "cuda": (2048, 2048)}  # rows, columns
-STRIP = 1 << 18  # elements of a strip of whole rows
+STRIP = {"cpu": 1 << 18, "cuda": 1 << 24}  # scores in a strip of whole rows
+LEAST = 16  # rows of a strip, however wide: each adds to the gradient of all its columns
 KEEP = 1 << 23  # elements of the first tiles that stay for the backward pass: 32 MiB
 
 
@@ -57,7 +58,7 @@ class Tiles:
         self.one = all(step % 0.5 == 0 for step in self.steps) and rising[-1] <= 6 * self.base
         self.factor = scale * math.log2(math.e) * (self.base if self.one else 1.0)
         self.room = KEEP
-        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.kept: dict[tuple[int, int], Tensor] = {}  # by the tile's first row and column
         size = min(self.height, len(x)) * min(self.width, len(y))
         self.space = [x.new_empty(size) for _ in range(3)]
 
@@ -81,6 +82,7 @@ class Tiles:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x (n, d) and y (m, d) as wanted; all of it in x's if y is x."""
         x, y, scale = self.scores.x, self.scores.y, self.scores.scale
+        self.room = 0  # what is made from here on is needed once
         by_row = _coefficients(row, self.scores)
         by_col = by_row if self.symmetric else _coefficients(col, self.scores)
         dx = torch.zeros_like(x) if wanted[0] else None
@@ -169,13 +171,13 @@ class Shifted:
     """The passes for scores of any size: whole rows in float64, shifted by their log-sum-exp."""
 
     def __init__(self, scores: Scores):
-        self.scores = scores
+        self.scores, self.kept = scores, dict[tuple[int, int], Tensor]()
 
     def forward(self, *, columns: bool) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Tiles.forward`."""
         x, y, own, other, scale, powers, symmetric = self.scores
         rows = torch.empty(len(powers), len(x), dtype=wide(x), device=x.device)
-        for i in strips(len(x), len(y)):
+        for i in strips(x, y):
             s = self._strip(i)
             for k, power in enumerate(powers):
                 rows[k, i] = (power * s).logsumexp(dim=1)
@@ -192,7 +194,7 @@ class Shifted:
         col = row if self.scores.symmetric else col
         dx = torch.zeros_like(x) if wanted[0] else None
         dy = torch.zeros_like(y) if wanted[1] and not self.scores.symmetric else None
-        for i in strips(len(x), len(y)):
+        for i in strips(x, y):
             s = self._strip(i)
             h = torch.zeros(s.shape, dtype=x.dtype, device=x.device)
             for k, power in enumerate(self.scores.powers):
@@ -213,10 +215,10 @@ class Shifted:
         return s.masked_fill_(own[i, None] == other, -math.inf)
 
 
-def strips(n: int, m: int) -> Iterator[slice]:
-    """Slices of n rows with about ``STRIP`` elements each in m columns."""
-    height = max(1, STRIP // max(m, 1))
-    return (slice(top, min(top + height, n)) for top in range(0, n, height))
+def strips(x: Tensor, y: Tensor) -> list[slice]:
+    """Slices of the rows of x with about ``STRIP`` scores each, or ``LEAST`` rows."""
+    height = max(LEAST, STRIP["cuda" if x.is_cuda else "cpu"] // max(len(y), 1))
+    return [slice(top, min(top + height, len(x))) for top in range(0, len(x), height)]
 
 
 def wide(x: Tensor) -> torch.dtype:

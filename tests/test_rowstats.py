@@ -110,7 +110,8 @@ def test_tiles_taller_than_wide_agree_with_the_matrix(monkeypatch):
 @pytest.mark.parametrize("strip", [1, 7, 1 << 19])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_of_any_size_agree_with_the_matrix(kind, strip, monkeypatch):
-    monkeypatch.setattr(tiles, "STRIP", strip)
+    monkeypatch.setattr(tiles, "STRIP", {"cpu": strip})
+    monkeypatch.setattr(tiles, "LEAST", 1)
     for powers in ((2.0, 1.0), (1.7, 0.7)):
         compare(9, None, kind, powers)
         compare(9, 6, kind, powers)
@@ -204,14 +205,18 @@ def spread(s, rows, cols, factor):
 @pytest.mark.parametrize("height", [None, 1, 2, 5, 100])
 @pytest.mark.parametrize("strip", [1, 9, 1 << 19])
 def test_strips_of_any_height_agree_with_the_matrix(strip, height, monkeypatch):
-    monkeypatch.setattr(tiles, "STRIP", strip)
+    monkeypatch.setattr(tiles, "STRIP", {"cpu": strip})
+    monkeypatch.setattr(tiles, "LEAST", 1)
     g = torch.Generator().manual_seed(5)
     x, y, factor = (
         torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
         for shape in ((7, 3), (4, 3), (7,))
     )
     weights = torch.randn(7, 2, generator=g, dtype=torch.float64)
-    ours = by_strips(spread, x, y, factor, scale=0.7, height=height)
+    strips = height and [
+        (slice(top, min(top + height, 7)), slice(0, 4)) for top in range(0, 7, height)
+    ]
+    ours = by_strips(spread, x, y, factor, scale=0.7, strips=strips)
     wanted = spread(0.7 * x @ y.T, None, None, factor)
     torch.testing.assert_close(ours, wanted)
     leaves = (x, y, factor)
@@ -243,7 +248,8 @@ def test_strips_see_the_columns_they_ask_for_and_where_they_are():
         seen.append((rows, cols, tuple(s.shape)))
         return s.diagonal()
 
-    ours = by_strips(diagonal, x, x, scale=1.0, columns=lambda rows: rows, height=4)
+    blocks = [slice(0, 4), slice(4, 6)]
+    ours = by_strips(diagonal, x, x, scale=1.0, strips=[(block, block) for block in blocks])
     assert seen == [(slice(0, 4), slice(0, 4), (4, 4)), (slice(4, 6), slice(4, 6), (2, 2))]
     torch.testing.assert_close(ours, x.square().sum(dim=1))
     (grad,) = torch.autograd.grad(ours.sum(), x)
@@ -529,3 +535,38 @@ def test_a_compiled_step_has_the_same_value_and_gradient():
         loss.backward()
         found.append((loss.detach(), linear.weight.grad.clone()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bound", [28.6, math.inf])
+def test_rows_of_16_bits_are_counted_and_summed_in_32(dtype, bound):
+    """More groups than bfloat16 can tell apart, and sums that float16 cannot hold."""
+    x = torch.nn.functional.normalize(torch.randn(600, 8), dim=1).to(dtype).requires_grad_()
+    own = torch.arange(600) // 2
+    rows, _ = logsumexps(x, None, own, None, powers=(2.0, 1.0), scale=1 / 0.07, bound=bound)
+    (grad,) = torch.autograd.grad(rows.sum(), x)
+    same = x.detach().float().requires_grad_()
+    wanted, _ = logsumexps(same, None, own, None, powers=(2.0, 1.0), scale=1 / 0.07, bound=bound)
+    torch.testing.assert_close(rows, wanted)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), same)[0].to(dtype))
+
+
+def test_the_backward_pass_releases_what_was_kept():
+    """As other operations do: a list of losses must not hold their tiles."""
+    x = torch.randn(64, 4, requires_grad=True)
+    rows, _ = logsumexps(x, None, torch.arange(64), None, powers=(1.0,), scale=1.0, bound=3.0)
+    loss = rows.sum()
+    kept = [v for v in loss.grad_fn.next_functions[0][0].saved_tensors if v is not None]
+    assert any(v.shape == (64, 64) for v in kept)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="freed"):
+        loss.backward()
+
+
+def test_torchs_newer_precision_setting_is_no_obstacle():
+    code = (
+        "import torch; from hcl.losses import hard; z = torch.randn(2, 8, 4);"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(hard(*z).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
