@@ -340,7 +340,8 @@ def forward(
             three bfloat16 parts (24 bits), "high" TF32, "medium" bfloat16.
 
     Returns:
-        (P, n) float32 and, if columns, (P, m) float32, else None; -inf without negatives.
+        (P, n) float64 and, if columns, (P, m) float64, else None; -inf without negatives. The
+        sums are float32; their logarithms would lose digits that the gradient needs.
 
     Source: our reading; without `bounded`, the usual online softmax.
     """
@@ -360,13 +361,14 @@ def forward(
             enable_fp_fusion=True,
         )  # fmt: skip
     if bounded:
-        rows = (row_out.sum(0) + col_sums if triangle else row_out.sum(0)).log()
+        sums = row_out.sum(0, dtype=torch.float64)
+        rows = (sums + col_sums if triangle else sums).log()
     else:
-        rows = row_out.logsumexp(0)
+        rows = row_out.double().logsumexp(0)
     if not columns or symmetric:
         return rows, rows if columns else None
     if together:
-        return rows, col_sums.log()
+        return rows, col_sums.double().log()
     return rows, forward(
         y, x, cand, own, scale=scale, powers=powers, symmetric=False, columns=False,
         bounded=bounded, precision=precision,
@@ -385,8 +387,8 @@ def backward(
         + g^{\mathrm{col}}_{kj} e^{p_k s_{ij} - L^{\mathrm{col}}_{kj}} \big)
 
     Args:
-        row_grad, row_lse: (P, n) float32, gradient and value of the rows' log-sum-exps, or None.
-        col_grad, col_lse: (P, m) float32, the same of the columns.
+        row_grad, row_lse: (P, n), gradient and value of the rows' log-sum-exps, or None.
+        col_grad, col_lse: (P, m), the same of the columns.
         the others: as in :func:`forward`.
 
     Returns: (n, d) float32.
@@ -413,7 +415,7 @@ def backward(
     with torch.cuda.device_of(x):
         _backward_kernel[lambda tile: (triton.cdiv(n, tile["BM"]), splits, width // chunk)](
             a, b, _turned(b) if b.dtype == torch.float32 else None, *_excluded(own, cand),
-            row, row_shift, col, col_shift, bound * (scale / PEAK), out, n, m,
+            row, row_shift, col, col_shift, (bound * (scale / PEAK)).float(), out, n, m,
             *_rates(scale, powers), _size(n, torch.are_deterministic_algorithms_enabled()),
             D=width, BK=_step(a, width, parts), PARTS=parts, DO=chunk, BOUNDED=bounded,
             **_products(powers), enable_fp_fusion=True,
@@ -430,7 +432,7 @@ def _coefficients(
     """
 
     def padded(v: Tensor) -> Tensor:
-        return F.pad(v, (0, -count % LONGEST)).contiguous()
+        return F.pad(v.float(), (0, -count % LONGEST)).contiguous()
 
     if grad is None or lse is None:
         zeros = weights.new_zeros(len(weights), count)

@@ -316,7 +316,7 @@ class _Kernels:
         rows, cols = kernels.forward(
             x, y, own, other, symmetric=symmetric, columns=columns, **self.same
         )
-        return rows.to(tiles.wide(x)), None if cols is None else cols.to(tiles.wide(x))
+        return rows, cols
 
     def backward(
         self, row: Arrived | None, col: Arrived | None, *, wanted: tuple[bool, bool]
@@ -334,7 +334,7 @@ class _Kernels:
         from hcl import kernels
 
         arrived: dict[str, Any] = {
-            f"{side}_{name}": None if value is None else getattr(value, name).float()
+            f"{side}_{name}": None if value is None else getattr(value, name)
             for side, value in (("row", row), ("col", col))
             for name in ("lse", "grad")
         }

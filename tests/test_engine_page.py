@@ -128,6 +128,17 @@ def test_the_matrix_is_not_there(whole):
     assert (forward["formula"] + backward["formula"] == 3).all()
 
 
+def test_where_the_clamp_binds_the_positive_is_pulled_by_what_is_printed(whole):
+    """By differences of the library's loss: longer rows have a larger p and the same Ng."""
+    page = whole[0]
+    z = torch.eye(page["batch"], dtype=torch.float64)  # g = 1, less than tau_plus e^p
+    for t in page["temperatures"]:
+        options = {"temperature": t, "tau_plus": 0.9, "normalize": False}
+        less, more = (losses.hard(z, (1 + h) * z, **options).item() for h in (-1e-4, 1e-4))
+        assert page["pulls"][f"t = {t:g}"] == pytest.approx((less - more) / (2e-4 / t), rel=1e-4)
+    assert [f"{page['pulls'][f't = {t:g}']:.2g}" for t in (0.5, 0.2)] == ["0.82", "0.011"]
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_products_without_tiles_that_were_kept(whole, monkeypatch, ranks):
     """The table on processes: 2 units alone, 4 / W for each of W; here from the library itself."""

@@ -88,7 +88,7 @@ def compare(x, own, y=None, cand=None, *, scale, powers, bounded, precision="hig
     tolerance = 3e-6 + max(powers) * scale * cost
     for found, formula in zip((rows, cols), wanted, strict=True):
         if found is not None:
-            assert found.dtype == torch.float32
+            assert found.dtype == torch.float64
             torch.testing.assert_close(
                 found.double().cpu(), formula.detach(), atol=tolerance, rtol=1e-6
             )

@@ -12,13 +12,16 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 
 import nbformat
 import pytest
 import torch
+from ranks import Ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
 from hcl import losses, notebooks, project_root
 from hcl.losses import ContrastiveLoss, hard, hard_scl, nt_xent, scl, supcon, weighted
@@ -28,6 +31,7 @@ PAGE = ROOT / "book" / "practice" / "use-the-losses.ipynb"
 CELLS = nbformat.read(PAGE, as_version=4).cells
 PROSE = "\n".join(c.source for c in CELLS if c.cell_type == "markdown")
 SCRIPT = re.search(r"^```python\n(import os\n.*?)^```$", PROSE, re.MULTILINE | re.DOTALL)[1]
+KEYS = re.search(r"( +with torch.no_grad\(\):  # gather is .*?) +```", PROSE, re.DOTALL)[1]
 
 
 def execute(**parameters):
@@ -122,6 +126,7 @@ def test_the_queue_has_the_newest_keys_and_a_query_finds_its_own(page):
 
 def test_the_temperature_learns(page):
     assert page["log_scale"].item() != pytest.approx(math.log(1 / 0.07), abs=1e-4)
+    assert page["log_scale"] <= math.log(100)
     found = re.search(r"([\d.]+)%, by chance ([\d.]+)%", page["printed"]["clip-code"])
     assert float(found[1]) > 5 * float(found[2])
 
@@ -152,6 +157,7 @@ def test_log_weights_do_what_they_are_named_for():
         (scope["no_lookalikes"], negative & (cosine <= 0.9)),
         (scope["hardest"](3), negative & top(cosine.masked_fill(~negative, -2), 3)),
         (scope["hardest"](10), negative),
+        (scope["hardest"](50), negative),  # more than there are
     ):
         s = (cosine / 0.5).masked_fill(~wanted, -math.inf)
         positive = cosine[place, (place + 6) % 12] / 0.5
@@ -254,6 +260,51 @@ def test_the_script_gives_the_same_losses_on_one_process_and_on_two(tmp_path, mo
     values = [[float(v) for _, v in rows] for rows in found]
     assert values[1] == pytest.approx(values[0], abs=3e-5)
     assert values[0] == sorted(values[0], reverse=True)
+
+
+def test_keys_that_are_gathered_and_parts_of_a_batch(tmp_path):
+    ranks = Ranks(tmp_path / "store", world=2)
+    try:
+        queues, gradients = ranks.values(the_keys_enter), ranks.values(in_parts)
+    finally:
+        ranks.stop()
+    for queue in queues:
+        assert queue[:, 0].tolist() == [0, 0, 1, 1, -1]
+    net, x = net_and_views()
+    hard(*net(x.flatten(0, 1)).chunk(2)).backward()
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, net.weight.grad)
+
+
+def the_keys_enter(rank):
+    """The page's two lines, with keys that say whose they are."""
+    from hcl.distributed import gather
+
+    scope = {"keys": torch.full((2, 3), float(rank)), "queue": -torch.ones(5, 3)}
+    exec(textwrap.dedent(KEYS), {"torch": torch, "gather": gather}, scope)
+    return scope["queue"]
+
+
+def net_and_views():
+    torch.manual_seed(0)
+    return nn.Linear(8, 4).double(), torch.randn(2, 12, 8, dtype=torch.float64)
+
+
+def in_parts(rank):
+    """The first exercise on one of two processes: only the last part sends its gradient."""
+    net, x = net_and_views()
+    model = DistributedDataParallel(net)
+    x = x.chunk(2, dim=1)[rank].flatten(0, 1)
+    with torch.no_grad():
+        z = torch.cat([model(part) for part in x.split(4)])
+    z.requires_grad_()
+    hard(*z.chunk(2), gather="averaged").backward()
+    *first, (part, gradient) = zip(x.split(4), z.grad.split(4), strict=True)
+    with model.no_sync():
+        for each, slope in first:
+            model(each).backward(slope)
+    model(part).backward(gradient)
+    return net.weight.grad
 
 
 def alone(monkeypatch, capsys):
