@@ -104,7 +104,7 @@ def test_what_the_code_imports_is_declared():
     called = {"sklearn": "scikit-learn", "umap": "umap-learn", "yaml": "pyyaml", "PIL": "pillow"}
     brought = {"nbformat": "papermill", "nbclient": "papermill", "traitlets": "papermill",
                "pillow": "torchvision", "scipy": "scikit-learn", "ipython": "ipykernel",
-               "matplotlib-inline": "ipykernel"}  # fmt: skip
+               "matplotlib-inline": "ipykernel", "triton": "torch"}  # fmt: skip
     names = {canonicalize_name(called.get(module, module)) for module in imported()}
     assert {"torch", "papermill"} <= names
     assert {brought.get(name, name) for name in names} <= set(declared())
