@@ -46,12 +46,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcl import checks
+from hcl import checks, debiasing
+from hcl.annealing import anneal_beta as anneal_beta
+from hcl.debiasing import Clamp, Debias, log_count, log_negatives, log_tilted_sums
 from hcl.negatives import Among, Batch, Unlabelled
-from hcl.tiles import wide
 
-Clamp = Literal["scaled", "unscaled"]
-Debias = Literal["released", "separate"]
 Temperature = float | Tensor
 
 
@@ -167,9 +166,9 @@ def hard(
     >>> torch.equal(hard(z1, z2, beta=0.0, tau_plus=0.0), nt_xent(z1, z2))
     True
     """
-    _check_debias(beta, tau_plus, debias, clamp, Q, detach_weights)
+    _check(beta, tau_plus, debias, clamp, Q, detach_weights)
     batch = Batch(z1, z2, temperature, **among)
-    log_ng, _ = _log_ng(batch, beta, tau_plus, detach_weights, debias, clamp, Q)
+    log_ng, _ = log_negatives(batch, beta, tau_plus, detach_weights, debias, clamp, Q)
     return batch.mean(_softplus(log_ng - batch.positives))
 
 
@@ -271,10 +270,10 @@ def hard_scl(
     >>> round(hard_scl(z, z, labels).item(), 4)
     1.4954
     """
-    _check_debias(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q, detach_weights)
+    _check(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q, detach_weights)
     batch = Batch(z1, z2, temperature, labels, unlabelled, supervised=True, **among)
-    log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
-    log_q = _log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
+    log_a, log_c = log_tilted_sums(batch, beta, detach_weights)
+    log_q = log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
     log_ng = log_a - log_c + log_q
 
     def each(s: Tensor, positive: Tensor, log_ng: Tensor) -> Tensor:
@@ -339,10 +338,10 @@ def schane(
     >>> torch.allclose(schane(z, z, labels, beta=0.0), supcon(z, z, labels))
     True
     """
-    _check_debias(beta, 0.0, "released", "scaled", None, detach_weights)
+    _check(beta, 0.0, "released", "scaled", None, detach_weights)
     batch = Batch(z1, z2, temperature, labels, unlabelled, supervised=True, **among)
-    log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
-    log_ng = log_a - log_c + _log_count(batch.negatives)
+    log_a, log_c = log_tilted_sums(batch, beta, detach_weights)
+    log_ng = log_a - log_c + log_count(batch.negatives)
 
     def positives(s: Tensor, positive: Tensor) -> Tensor:
         s = s.masked_fill(~positive, -math.inf)
@@ -388,7 +387,7 @@ def weighted(
     >>> torch.allclose(ours, hard(z1, z2, beta=2.0, tau_plus=0.1))
     True
     """
-    _check_debias(0.0, tau_plus, "released", clamp, Q)
+    _check(0.0, tau_plus, "released", clamp, Q)
     if not callable(log_weights):
         raise TypeError(f"log_weights={log_weights!r}: must be a function of s, i and j")
     batch = Batch(z1, z2, temperature, **among)
@@ -406,8 +405,8 @@ def weighted(
         return torch.stack([log_g, count.to(s)], dim=1)
 
     log_g, count = batch.over_negatives(strip).to(batch.positives).unbind(dim=1)
-    log_q = _log_count(count) if Q is None else torch.full_like(log_g, math.log(Q))
-    log_ng, _ = _debiased(log_g, batch, tau_plus, clamp, log_q)
+    log_q = log_count(count) if Q is None else torch.full_like(log_g, math.log(Q))
+    log_ng, _ = debiasing.released(log_g, batch, tau_plus, clamp, log_q)
     return batch.mean(_softplus(log_ng - batch.positives).where(count > 0, 0.0))
 
 
@@ -449,9 +448,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         checks.choice("method", method, METHODS)
         checks.temperature(temperature)
-        _check_debias(
-            beta, tau_plus, debias, clamp, None if Q == "negatives" else Q, detach_weights
-        )
+        _check(beta, tau_plus, debias, clamp, None if Q == "negatives" else Q, detach_weights)
         if sigma is not None:
             checks.number("sigma", sigma, "must be positive (the paper uses 0.5), or None", above=0)
         checks.choice("unlabelled", unlabelled, get_args(Unlabelled))
@@ -503,44 +500,6 @@ _ARGUMENTS = {  # those each method has, beside the temperature
 METHODS = tuple(_ARGUMENTS)
 
 
-def anneal_beta(
-    beta: float,
-    epoch: int,
-    epochs: int,
-    *,
-    steps: int = 9,
-    schedule: Literal["paper", "released"] = "paper",
-) -> float:
-    """Hardness in a given epoch when beta is lowered in equal steps over the training.
-
-    "paper": beta falls by beta / steps every epochs / steps epochs, so the last stretch trains at
-    beta / steps. "released" repeats the code: linspace(beta, 0, steps), advanced after every
-    int(epochs / steps) epochs, whose first advance hands out beta again. For 400 epochs and nine
-    steps that is beta up to epoch 88, 0.875 beta from 89, and 0 only from 397.
-
-    Args: epoch: 1 for the first; epochs: how many there will be; steps: at least 1 ("paper") or 2.
-
-    Raises: ValueError: beta < 0, epoch outside 1..epochs, fewer epochs than steps.
-
-    Source: Robinson et al. 2021, annealing; schedule "released" from the released image code.
-
-    >>> [anneal_beta(1.0, e, 400, schedule="released") for e in (88, 89, 397)]
-    [1.0, 0.875, 0.0]
-    """
-    if not beta >= 0:
-        raise ValueError(f"beta={beta}: hardness must be 0 or more")
-    if not 1 <= epoch <= epochs:
-        raise ValueError(f"epoch={epoch}: must be in 1..{epochs}")
-    if not (1 if schedule == "paper" else 2) <= steps <= epochs:
-        raise ValueError(f"steps={steps}: must be between 1 (released: 2) and epochs={epochs}")
-    if schedule == "paper":
-        return beta * (1 - (epoch - 1) * steps // epochs / steps)
-    if schedule == "released":
-        advances = (epoch - 1) // (epochs // steps)
-        return beta * (1 - min(max(advances - 1, 0), steps - 1) / (steps - 1))
-    raise ValueError(f"schedule={schedule!r}: choose 'paper' or 'released'")
-
-
 @torch.no_grad()
 def negative_weights(
     z1: Tensor, z2: Tensor, *, temperature: float = 0.5, beta: float = 1.0, normalize: bool = True
@@ -589,108 +548,17 @@ def clamp_share(
     >>> clamp_share(z, z, temperature=0.1, beta=0.0, tau_plus=0.1)  # aligned, small temperature
     1.0
     """
-    _check_debias(beta, tau_plus, debias, clamp, Q)
+    _check(beta, tau_plus, debias, clamp, Q)
     batch = Batch(z1, z2, temperature, **among)
-    _, bound = _log_ng(batch, beta, tau_plus, False, debias, clamp, Q)
+    _, bound = log_negatives(batch, beta, tau_plus, False, debias, clamp, Q)
     return batch.mean(bound.to(batch.positives)).item()
-
-
-# The pieces they are made of ----------------------------------------------------------------------
-
-
-def _log_tilted_sums(
-    batch: Batch, beta: float, detach_weights: bool
-) -> tuple[Tensor, Tensor | float]:
-    """Logarithms of A, the sum of e^((1 + beta) s), and C, of e^(beta s), over the negatives."""
-    if beta == 0:
-        return batch.log_sums(1.0)[0], _log_count(batch.negatives)
-    log_a, log_c = batch.log_sums(1 + beta, beta)
-    none = log_a == -math.inf  # without negatives A / C is 0
-    log_a, log_c = log_a.masked_fill(none, 0.0), log_c.masked_fill(none, 0.0)
-    if detach_weights:
-        # d log A / ds is 1 + beta times the softmax; beta of that is the weights', as is log C
-        attached = log_a / (1 + beta)
-        log_a, log_c = attached + (log_a - attached).detach(), log_c.detach()
-    return log_a.masked_fill(none, -math.inf), log_c
-
-
-def _log_ng(
-    batch: Batch, beta: float, tau_plus: float, detach_weights: bool, debias: Debias, clamp: Clamp,
-    Q: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """log Ng (n,), and where a clamp decides it (n,) bool."""
-    log_a, log_c = _log_tilted_sums(batch, beta, detach_weights)
-    log_q = math.log(batch.others if Q is None else Q)
-    if debias == "released" or tau_plus == 0 or beta == 0:
-        return _debiased(log_a - log_c, batch, tau_plus, clamp, log_q)
-    weight = beta * (batch.positives.detach() if detach_weights else batch.positives)
-    assert isinstance(log_c, Tensor)  # as beta > 0
-    return _separated(log_a, log_c, weight, batch, beta, tau_plus, clamp, log_q)
-
-
-def _debiased(
-    log_g: Tensor, batch: Batch, tau_plus: float, clamp: Clamp, log_q: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """log Ng from the log of the weighted mean g, and where the clamp decides it."""
-    if tau_plus == 0 and (clamp == "scaled" or (isinstance(log_q, float) and log_q >= 0)):
-        # a weighted mean of unit rows' terms never falls below e^(-1/t)
-        return log_q + log_g, torch.zeros_like(log_g, dtype=torch.bool)
-    floor = -batch.bound - (log_q if clamp == "unscaled" else 0)
-    log_difference, bound = _log_minus(log_g, _log(tau_plus) + batch.positives)
-    log_difference = log_difference - math.log1p(-tau_plus)
-    bound = bound | (log_difference < floor)
-    return log_q + torch.where(bound, floor, log_difference), bound
-
-
-def _separated(
-    log_a: Tensor, log_c: Tensor, weight: Tensor, batch: Batch, beta: float,
-    tau_plus: float, clamp: Clamp, log_q: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """log Ng with both sums debiased, and where any of the clamps decides it."""
-    most, log_m = batch.bound, math.log(batch.others)
-    means, bounds = [], []
-    for power, log_sum, log_term in (
-        (1 + beta, log_a, batch.positives + weight),
-        (beta, log_c, weight),
-    ):
-        mean, bound = _log_minus(log_sum - log_m, math.log(tau_plus) + log_term)
-        least = math.log1p(-tau_plus) - power * most
-        bound = bound | (mean < least)
-        means.append(torch.where(bound, least, mean))
-        bounds.append(bound)
-    log_g = means[0] - means[1]
-    least = -most - (log_q if clamp == "unscaled" else 0)
-    low, high = log_g < least, log_g > most
-    log_g = torch.where(low, least, torch.where(high, most, log_g))
-    return log_q + log_g, bounds[0] | bounds[1] | low | high
-
-
-def _log_minus(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """log(e^x - e^y), and where there is none, as y >= x; the value there means nothing."""
-    gap = y - x
-    none = ~(gap < 0)
-    safe = gap.masked_fill(none, -1.0)  # keeps NaN out of the branch that is not taken
-    return x + torch.log(-torch.expm1(safe)), none
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x else -math.inf
-
-
-def _log_count(count: int | Tensor) -> Any:
-    """log of a number of negatives, 0 where there are none."""
-    return (
-        math.log(max(count, 1))
-        if isinstance(count, int)
-        else count.to(wide(count)).clamp(min=1).log()
-    )
 
 
 def _softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)  # exact at both ends, unlike torch's softplus
 
 
-def _check_debias(
+def _check(
     beta: float,
     tau_plus: float,
     debias: str,

@@ -15,7 +15,8 @@ import torch
 from hcl import project_root
 
 SCIENCE = (  # what a result depends on
-    "losses", "negatives", "checks", "rowstats", "tiles", "kernels", "distributed",
+    "losses", "annealing", "debiasing", "negatives", "units", "checks", "rowstats", "tiles",
+    "kernels", "distributed",
     "sphere", "imagesets", "views", "vision", "train", "probe", "geometry",
 )  # fmt: skip
 
