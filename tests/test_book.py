@@ -242,8 +242,9 @@ def test_a_stopped_build_stops_its_kernels_and_leaves_no_result(tmp_path, how):
     root = tinybook.write(tmp_path, figure="pass")
     tinybook.save(root / "book" / "one.ipynb", tinybook.code(SLEEP))
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, str(root)], start_new_session=True, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", MAIN, str(root)], start_new_session=True, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # if we ignore Ctrl-C
+    )  # fmt: skip
     end = time.monotonic() + 60
     while not (root / "kernel").exists() or not (root / "kernel").read_text():
         assert time.monotonic() < end

@@ -109,7 +109,9 @@ if __name__ == "__main__":
 def test_killing_a_sweep_leaves_no_worker_behind(tmp_path, sign):
     script = tmp_path / "sweep.py"
     script.write_text(SWEEP)
-    sweep = subprocess.Popen([sys.executable, str(script), str(tmp_path / "store")])
+    sweep = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "store")], preexec_fn=heeding_interrupts
+    )
     try:
         workers = _until(lambda: _workers(sweep.pid))
         sweep.send_signal(sign)
@@ -117,6 +119,11 @@ def test_killing_a_sweep_leaves_no_worker_behind(tmp_path, sign):
     finally:
         sweep.kill()
     assert _until(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
+
+
+def heeding_interrupts():
+    """A shell's background job ignores Ctrl-C, and so would all that the tests start in it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _workers(pid):
