@@ -103,8 +103,6 @@ def _log(x: float) -> float:
 
 def log_count(count: int | Tensor) -> Any:
     """log of a number of negatives, 0 where there are none."""
-    return (
-        math.log(max(count, 1))
-        if isinstance(count, int)
-        else count.to(wide(count)).clamp(min=1).log()
-    )
+    if isinstance(count, int):
+        return math.log(max(count, 1))
+    return count.to(wide(count)).clamp(min=1).log()

@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from hcl import checks, debiasing
 from hcl.annealing import anneal_beta as anneal_beta
 from hcl.debiasing import Clamp, Debias, log_count, log_negatives, log_tilted_sums
-from hcl.negatives import Among, Batch, Unlabelled
+from hcl.negatives import Among, Batch, Unlabelled, log_add
 
 Temperature = float | Tensor
 
@@ -189,6 +189,8 @@ def decoupled(
         z1, z2, temperature, among: as in :func:`nt_xent`.
         sigma: > 0, of the weights over the B pairs, which have no gradient; None weighs all by 1.
 
+    Returns: scalar, the mean over the 2B anchors.
+
     Source: Yeh et al. 2022 (Decoupled Contrastive Learning), DCL and DCLW, after a third-party
     implementation; its temperature is 0.1.
 
@@ -197,7 +199,7 @@ def decoupled(
     -1.3069
     """
     if sigma is not None:
-        checks.number("sigma", sigma, "must be positive (the paper uses 0.5), or None", above=0)
+        checks.number("sigma", sigma, "must be positive (0.5 is common), or None", above=0)
     batch = Batch(z1, z2, temperature, **among)
     (log_sum,) = batch.log_sums(1.0)
     if sigma is None:
@@ -349,7 +351,8 @@ def schane(
         return s.masked_fill(alone[:, None], 0.0).logsumexp(dim=1).masked_fill(alone, -math.inf)
 
     some = batch.companions > 0
-    both = torch.logaddexp(batch.over_positives(positives).to(log_ng), log_ng).where(some, 0.0)
+    log_positives = batch.over_positives(positives).to(log_ng).where(some, 0.0)
+    both = log_add(log_positives, log_ng)
     return batch.mean((both - batch.positive_mean()).where(some, 0.0), weight=some)
 
 
@@ -450,7 +453,7 @@ class ContrastiveLoss(nn.Module):
         checks.temperature(temperature)
         _check(beta, tau_plus, debias, clamp, None if Q == "negatives" else Q, detach_weights)
         if sigma is not None:
-            checks.number("sigma", sigma, "must be positive (the paper uses 0.5), or None", above=0)
+            checks.number("sigma", sigma, "must be positive (0.5 is common), or None", above=0)
         checks.choice("unlabelled", unlabelled, get_args(Unlabelled))
         checks.options(among)
         for name in ("queue", "synthetic"):

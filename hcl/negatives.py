@@ -237,10 +237,10 @@ class Batch:
             x = torch.cat([side.x for side in self.sides])
             zero = x.new_zeros(len(x), dtype=torch.int64)
             one = zero.new_ones(len(self.queue))
-            total = _add(total, self._stream(x, self.queue, zero, one, powers)[0])
+            total = log_add(total, self._stream(x, self.queue, zero, one, powers)[0])
         if (s := self.synthetic) is not None:
             more = torch.stack([(k * s.to(total)).logsumexp(dim=1) for k in powers])
-            total = _add(total, more)
+            total = log_add(total, more)
         return list(total)
 
     def _stream(
@@ -367,7 +367,7 @@ def _spans(low: list[int], high: list[int]) -> list[tuple[slice, slice]]:
     return spans
 
 
-def _add(a: Tensor, b: Tensor) -> Tensor:
+def log_add(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b); torch's logaddexp has no second derivative at -inf."""
     return torch.stack([a, b]).logsumexp(dim=0)
 

@@ -234,7 +234,7 @@ def _plain(x: Tensor, precision: Precision | None) -> Iterator[None]:
             stack.enter_context(torch.autocast(x.device.type, enabled=False))
         if precision is not None:  # of the whole process: one thread at a time
             stack.enter_context(_ONE_PRECISION)
-            stack.callback(torch.set_float32_matmul_precision, torch_precision())
+            stack.callback(torch.set_float32_matmul_precision, _torch_precision())
             torch.set_float32_matmul_precision(precision)
         yield
 
@@ -242,7 +242,7 @@ def _plain(x: Tensor, precision: Precision | None) -> Iterator[None]:
 _ONE_PRECISION = threading.RLock()
 
 
-def torch_precision() -> str:
+def _torch_precision() -> str:
     """What torch is set to, in the words of either of its two settings."""
     try:
         return torch.get_float32_matmul_precision()
@@ -287,7 +287,7 @@ def _passes(x: Tensor, y: Tensor | None, own: Tensor, other: Tensor | None, sett
         fits = x.dtype != torch.float64 and x.shape[1] <= 1024 and kernels.available(x.device)
         if fits and some:
             scores = _scores(x, y, own.int(), None if other is None else other.int(), scale, powers)
-            return _Kernels(scores, bounded, precision or torch_precision())
+            return _Kernels(scores, bounded, precision or _torch_precision())
         if engine == "triton" and not fits:
             raise ValueError(
                 f"engine='triton': not for {x.dtype} rows of {x.shape[1]} on {x.device}; it needs "
@@ -313,10 +313,7 @@ class _Kernels:
         from hcl import kernels
 
         x, y, own, other, *_, symmetric = self.scores
-        rows, cols = kernels.forward(
-            x, y, own, other, symmetric=symmetric, columns=columns, **self.same
-        )
-        return rows, cols
+        return kernels.forward(x, y, own, other, symmetric=symmetric, columns=columns, **self.same)
 
     def backward(
         self, row: Arrived | None, col: Arrived | None, *, wanted: tuple[bool, bool]

@@ -585,6 +585,20 @@ def test_second_derivatives_are_finite_without_negatives_in_the_batch(name):
     assert torch.isfinite(second).all()
 
 
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 2]], ids=str)
+@pytest.mark.parametrize("views", [1, 2])
+def test_second_derivatives_are_finite_without_negatives_or_positives(name, labels, views):
+    made = data(seed=16, b=4)
+    z1, z2 = made["z1"].requires_grad_(), made["z2"] if views == 2 else None
+    loss = getattr(losses, name)(z1, z2, torch.tensor(labels))
+    (grad,) = torch.autograd.grad(loss, z1, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum() + 0 * z1.sum(), z1)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(grad).all()
+    assert torch.isfinite(second).all()
+
+
 # Nothing to compare with, and numbers at the edge -------------------------------------------------
 
 
