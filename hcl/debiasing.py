@@ -23,9 +23,14 @@ Debias = Literal["released", "separate"]
 
 
 def log_tilted_sums(
-    batch: Batch, beta: float, detach_weights: bool
+    batch: Batch, beta: float, detach_weights: bool, threshold: float | None = None
 ) -> tuple[Tensor, Tensor | float]:
-    """Logarithms of A, the sum of e^((1 + beta) s), and C, of e^(beta s), over the negatives."""
+    """Logarithms of A, the sum of e^((1 + beta) s), and C, of e^(beta s), over the negatives.
+
+    threshold: over those alone whose cosine reaches it, and the hardest in any case.
+    """
+    if threshold is not None:
+        return _log_kept_sums(batch, beta, detach_weights, threshold)
     if beta == 0:
         return batch.log_sums(1.0)[0], log_count(batch.negatives)
     log_a, log_c = batch.log_sums(1 + beta, beta)
@@ -38,12 +43,32 @@ def log_tilted_sums(
     return log_a.masked_fill(none, -math.inf), log_c
 
 
+def _log_kept_sums(
+    batch: Batch, beta: float, detach_weights: bool, threshold: float
+) -> tuple[Tensor, Tensor]:
+    least = threshold / batch.temperature
+
+    def strip(s: Tensor, excluded: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = s.detach().masked_fill(excluded, -math.inf)
+        hardest = seen.amax(dim=1, keepdim=True)
+        kept = (seen >= hardest.clamp(max=least)) & ~excluded
+        none = ~kept.any(dim=1)
+        a = (beta * (s.detach() if detach_weights else s)).masked_fill(~kept, -math.inf)
+        a = a.masked_fill(none[:, None], 0.0)  # -inf throughout would give NaN
+        log_c = a.logsumexp(dim=1)
+        log_a = (s + a).logsumexp(dim=1).masked_fill(none, -math.inf)
+        return torch.stack([log_a, log_c], dim=1)
+
+    log_a, log_c = batch.over_negatives(strip).to(batch.positives).unbind(dim=1)
+    return log_a, log_c
+
+
 def log_negatives(
     batch: Batch, beta: float, tau_plus: float, detach_weights: bool, debias: Debias, clamp: Clamp,
-    Q: float | None,
+    Q: float | None, threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """log Ng (n,), and where a clamp decides it (n,) bool."""
-    log_a, log_c = log_tilted_sums(batch, beta, detach_weights)
+    log_a, log_c = log_tilted_sums(batch, beta, detach_weights, threshold)
     log_q = math.log(batch.others if Q is None else Q)
     if debias == "released" or tau_plus == 0 or beta == 0:
         return released(log_a - log_c, batch, tau_plus, clamp, log_q)

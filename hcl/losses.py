@@ -115,6 +115,7 @@ def hard(
     beta: float = 1.0,
     tau_plus: float = 0.1,
     detach_weights: bool = False,
+    threshold: float | None = None,
     debias: Debias = "released",
     clamp: Clamp = "scaled",
     Q: float | None = None,
@@ -134,6 +135,9 @@ def hard(
         beta: hardness >= 0. Zero weighs all negatives alike.
         tau_plus: class prior in [0, 1): the assumed share of false negatives.
         detach_weights: stop the gradient through the weights q (the released code does not).
+        threshold: a cosine in [-1, 1]; negatives below it have no weight, the hardest one always
+            has. With beta = 0 this is hardening by a threshold instead of an exponential. It is
+            computed in strips, several times slower; debias="separate" does not go with it.
         debias: "released" is the formula above. It takes tau_plus for the share of false negatives
             under the weights q, which is :math:`\tau^+ Z^+ / Z`, with Z and :math:`Z^+` the means
             of :math:`e^{\beta s}` over all candidates and over the false negatives:
@@ -160,15 +164,15 @@ def hard(
     Returns: scalar, the mean over the 2B anchors.
 
     Source: Robinson et al. 2021 (HCL) with one positive, and the released image code's constants;
-    debias="separate" is our derivation.
+    debias="separate" is our derivation; threshold is our reading of Jiang et al. 2022 (H-SCL).
 
     >>> z1, z2 = torch.randn(8, 16), torch.randn(8, 16)
     >>> torch.equal(hard(z1, z2, beta=0.0, tau_plus=0.0), nt_xent(z1, z2))
     True
     """
-    _check(beta, tau_plus, debias, clamp, Q, detach_weights)
+    _check(beta, tau_plus, debias, clamp, Q, detach_weights, threshold)
     batch = Batch(z1, z2, temperature, **among)
-    log_ng, _ = log_negatives(batch, beta, tau_plus, detach_weights, debias, clamp, Q)
+    log_ng, _ = log_negatives(batch, beta, tau_plus, detach_weights, debias, clamp, Q, threshold)
     return batch.mean(_softplus(log_ng - batch.positives))
 
 
@@ -240,6 +244,7 @@ def hard_scl(
     temperature: Temperature = 0.5,
     beta: float = 1.0,
     detach_weights: bool = False,
+    threshold: float | None = None,
     Q: float | Literal["negatives"] | None = None,
     unlabelled: Unlabelled = "negative",
     **among: Unpack[Among],
@@ -257,7 +262,7 @@ def hard_scl(
     Args:
         z1, z2, temperature, among: as in :func:`nt_xent`; z2 may be None: one view of each image.
         labels: (B,) integers, on the device of z1. They may repeat.
-        beta, detach_weights: as in :func:`hard`.
+        beta, detach_weights, threshold: as in :func:`hard`.
         Q: weight on the negatives; None is the number of other candidates, 2B - 2, as released;
             "negatives" is the number of those of other labels.
         unlabelled: an image of label -1 is a class of its own, so a negative of all others
@@ -266,15 +271,17 @@ def hard_scl(
     Returns:
         Scalar. Pairs whose anchor has no negatives are 0; without any pair the loss is 0.
 
-    Source: Jiang et al. 2022 (H-SCL), the released code; Q = "negatives" is our reading.
+    Source: Jiang et al. 2022 (H-SCL), the released code; Q = "negatives" and threshold are our
+    reading.
 
     >>> z, labels = torch.eye(4, 8), torch.tensor([0, 0, 1, 1])
     >>> round(hard_scl(z, z, labels).item(), 4)
     1.4954
     """
-    _check(beta, 0.0, "released", "scaled", None if Q == "negatives" else Q, detach_weights)
+    number = None if Q == "negatives" else Q
+    _check(beta, 0.0, "released", "scaled", number, detach_weights, threshold)
     batch = Batch(z1, z2, temperature, labels, unlabelled, supervised=True, **among)
-    log_a, log_c = log_tilted_sums(batch, beta, detach_weights)
+    log_a, log_c = log_tilted_sums(batch, beta, detach_weights, threshold)
     log_q = log_count(batch.negatives) if Q == "negatives" else math.log(Q or max(batch.others, 1))
     log_ng = log_a - log_c + log_q
 
@@ -421,8 +428,9 @@ class ContrastiveLoss(nn.Module):
 
     Args:
         method: one of ``METHODS``.
-        temperature, beta, tau_plus, detach_weights, debias, clamp, Q, sigma, unlabelled: as in the
-            functions, used where the method has them. A temperature that is a Parameter learns.
+        temperature, beta, tau_plus, detach_weights, threshold, debias, clamp, Q, sigma,
+            unlabelled: as in the functions, used where the method has them. A temperature that is
+            a Parameter learns.
         among: options of :class:`hcl.negatives.Among` but ``queue`` and ``synthetic``, which change
             from call to call and are given to it.
 
@@ -441,6 +449,7 @@ class ContrastiveLoss(nn.Module):
         beta: float = 1.0,
         tau_plus: float = 0.1,
         detach_weights: bool = False,
+        threshold: float | None = None,
         debias: Debias = "released",
         clamp: Clamp = "scaled",
         Q: float | Literal["negatives"] | None = None,
@@ -451,7 +460,8 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         checks.choice("method", method, METHODS)
         checks.temperature(temperature)
-        _check(beta, tau_plus, debias, clamp, None if Q == "negatives" else Q, detach_weights)
+        number = None if Q == "negatives" else Q
+        _check(beta, tau_plus, debias, clamp, number, detach_weights, threshold)
         if sigma is not None:
             checks.number("sigma", sigma, "must be positive (0.5 is common), or None", above=0)
         checks.choice("unlabelled", unlabelled, get_args(Unlabelled))
@@ -459,14 +469,14 @@ class ContrastiveLoss(nn.Module):
         for name in ("queue", "synthetic"):
             if name in among:
                 raise TypeError(f"{name}: changes from call to call, loss(z1, z2, {name}=…)")
-        if Q == "negatives" and "labels" not in _ARGUMENTS[method]:
+        if Q == "negatives" and "labels" not in ARGUMENTS[method]:
             raise ValueError(f"Q='negatives': {method} has no labels; a number, or None")
         self.method, self.temperature, self.beta = method, temperature, beta
-        if "beta" not in _ARGUMENTS[method]:
+        if "beta" not in ARGUMENTS[method]:
             self.beta = 0.0
         self.settings = {
-            "tau_plus": tau_plus, "detach_weights": detach_weights, "debias": debias,
-            "clamp": clamp, "Q": Q, "sigma": sigma, "unlabelled": unlabelled,
+            "tau_plus": tau_plus, "detach_weights": detach_weights, "threshold": threshold,
+            "debias": debias, "clamp": clamp, "Q": Q, "sigma": sigma, "unlabelled": unlabelled,
         }  # fmt: skip
         self.among = among
 
@@ -474,7 +484,7 @@ class ContrastiveLoss(nn.Module):
         self, z1: Tensor, z2: Tensor | None, labels: Tensor | None = None, **among: Unpack[Among]
     ) -> Tensor:
         """Two (B, d) views, and (B,) labels where the method has them, to the scalar loss."""
-        names = _ARGUMENTS[self.method]
+        names = ARGUMENTS[self.method]
         given: dict[str, Any] = {**self.settings, "beta": self.beta, "labels": labels}
         chosen = {name: given[name] for name in names}
         loss: Tensor = globals()[self.method](
@@ -483,24 +493,24 @@ class ContrastiveLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
-        names = [n for n in _ARGUMENTS[self.method] if n not in ("labels", "beta")]
+        names = [n for n in ARGUMENTS[self.method] if n not in ("labels", "beta")]
         values = {"temperature": self.temperature, "beta": self.beta} | {
             name: self.settings[name] for name in names
         }
         return ", ".join([self.method, *(f"{name}={value}" for name, value in values.items())])
 
 
-_ARGUMENTS = {  # those each method has, beside the temperature
+ARGUMENTS = {  # those each method has, beside the temperature
     "nt_xent": (),
     "decoupled": ("sigma",),
     "debiased": ("tau_plus", "clamp", "Q"),
-    "hard": ("beta", "tau_plus", "detach_weights", "debias", "clamp", "Q"),
+    "hard": ("beta", "tau_plus", "detach_weights", "threshold", "debias", "clamp", "Q"),
     "scl": ("labels", "Q", "unlabelled"),
-    "hard_scl": ("labels", "beta", "detach_weights", "Q", "unlabelled"),
+    "hard_scl": ("labels", "beta", "detach_weights", "threshold", "Q", "unlabelled"),
     "supcon": ("labels", "unlabelled"),
     "schane": ("labels", "beta", "detach_weights", "unlabelled"),
 }
-METHODS = tuple(_ARGUMENTS)
+METHODS = tuple(ARGUMENTS)
 
 
 @torch.no_grad()
@@ -568,6 +578,7 @@ def _check(
     clamp: str,
     Q: float | None,
     detach_weights: bool = False,
+    threshold: float | None = None,
 ) -> None:
     checks.tilt(beta, tau_plus)
     checks.choice("detach_weights", detach_weights, (True, False))
@@ -575,3 +586,9 @@ def _check(
     checks.choice("clamp", clamp, get_args(Clamp))
     if Q is not None:
         checks.number("Q", Q, "a positive weight on the negatives, or None", above=0)
+    if threshold is not None:
+        checks.number("threshold", threshold, "a cosine in [-1, 1], or None")
+        if not -1 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}: a cosine in [-1, 1], or None")
+        if debias == "separate":
+            raise ValueError("debias='separate' sums over all negatives: threshold must be None")

@@ -16,7 +16,7 @@ from hcl import project_root
 
 SCIENCE = (  # what a result depends on
     "losses", "annealing", "debiasing", "negatives", "units", "checks", "rowstats", "tiles",
-    "kernels", "distributed",
+    "kernels", "distributed", "moco", "ordering", "initial", "muon",
     "sphere", "imagesets", "views", "vision", "train", "probe", "geometry",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ import torch
 
 from hcl import project_root
 from hcl.atomic import whole_or_nothing
-from hcl.losses import ContrastiveLoss, anneal_beta
+from hcl.losses import ARGUMENTS, METHODS, ContrastiveLoss, anneal_beta
 from hcl.provenance import code_fingerprint
 
 CACHE_STUDY = "quick"
@@ -38,15 +38,31 @@ class Run:
     Args:
         study: folder of the store, lower case letters, digits and dashes.
         data, data_args: name of the data and its loader's options.
-        encoder: a name the data offers; "raw" (with epochs=0) measures the input itself.
-        method, temperature, beta, tau_plus, detach_weights: see :mod:`hcl.losses`.
-        anneal: "none", "paper" or "released", see :func:`hcl.losses.anneal_beta`.
+        encoder, encoder_args: a name the data offers, and options of it; "raw" (with epochs=0)
+            measures the input itself.
+        method, temperature, beta, tau_plus, detach_weights, debias, clamp: see :mod:`hcl.losses`.
+        hardening: "exponential" tilts by beta; "threshold" leaves out the negatives whose cosine is
+            below ``threshold``, and has no beta.
+        Q: weight on the negatives: "released" (their number in the batch), "negatives" (those of
+            other labels), or a number as text.
+        positives: "views" of one sample, or "class": the second view is of a random sample of the
+            same label, the negatives stay as they are (the released code's true positives).
+        queue, momentum: keys of a MoCo queue instead of the batch as negatives, 0 for none, and
+            the momentum of the encoder that makes them; see :mod:`hcl.moco`.
+        anneal, anneal_steps: "none", "paper" or "released", see :func:`hcl.losses.anneal_beta`.
+        protocol: "sound", or "released" to repeat the released image code: separate_views, its
+            linear probe, its annealing, and its pixel statistics for every set of pictures.
+        separate_views: encode the two views in two passes, each with BatchNorm statistics of its
+            own, instead of one.
         epochs: 0 measures the untrained encoder. batch: anchors' images a step, 2 * batch views.
-        lr, weight_decay, schedule: Adam's, the learning rate "constant" or "cosine".
+        optimizer, lr, weight_decay, schedule: "adam", or "muon" for the matrices and filters with
+            Adam for the rest; the learning rate "constant", "cosine" or "triangle".
+        sides: "fixed", or "growing": views of three quarters of the side at first.
         hidden_dim, out_dim: width of the projection head's two layers.
         precision: "float32", or "bfloat16" for autocast.
         probe: "fast" or "released", see :mod:`hcl.probe`.
-        eval_every: kNN accuracy every so many epochs; 0 for the end alone.
+        eval_every: kNN accuracy before training and every so many epochs; 0 for the end alone.
+        watch: "losses" adds the four losses and Assumption 1 of :mod:`hcl.ordering` to that.
         seed: initialisation, batches, views, and the data where they are drawn.
 
     Raises: ValueError naming the field, its value and what would do.
@@ -76,6 +92,22 @@ class Run:
     probe: str = "fast"
     eval_every: int = 0
     seed: int = 0
+    # Younger fields: at these defaults they leave the digests of older Records as they are.
+    encoder_args: Mapping[str, int | float | str] = field(default_factory=dict)
+    hardening: str = "exponential"
+    threshold: float = 0.0
+    debias: str = "released"
+    clamp: str = "scaled"
+    Q: str = "released"
+    positives: str = "views"
+    queue: int = 0
+    momentum: float = 0.99
+    anneal_steps: int = 9
+    protocol: str = "sound"
+    separate_views: bool = False
+    optimizer: str = "adam"
+    sides: str = "fixed"
+    watch: str = "none"
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -96,36 +128,105 @@ class Run:
             raise ValueError(f"epochs={self.epochs}: encoder 'raw' has nothing to train, use 0")
         ContrastiveLoss(self.method, **self.loss_args())  # refuses what the loss would refuse
         if self.anneal != "none" and self.epochs:
-            anneal_beta(self.beta, 1, self.epochs, schedule=self.anneal)  # type: ignore[arg-type]
-        absent: dict[str, Any] = {}
-        if self.method != "hard":
-            absent |= {"beta": 0.0, "detach_weights": False, "anneal": "none"}
-        if self.method == "nt_xent":
-            absent |= {"tau_plus": 0.0}
-        for name, value in absent.items():
+            beta_in_epoch(self, 1)
+        self._check_queue()
+        for name, value in self._absent().items():
             object.__setattr__(self, name, value)
+
+    def _check_queue(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: must be in [0, 1) (MoCo uses 0.999)")
+        if not self.queue:
+            return
+        if self.method not in QUEUED:
+            raise ValueError(f"queue={self.queue}: goes with the methods {', '.join(QUEUED)}")
+        for name in ("hardening", "debias", "clamp", "Q", "detach_weights", "separate_views"):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"queue={self.queue}: {name}={getattr(self, name)!r} does not go with it, "
+                    f"leave it {default!r}"
+                )
+
+    def _absent(self) -> dict[str, Any]:
+        """Fields that decide nothing here, at the value that says so."""
+        has = ARGUMENTS[self.method]
+        absent = {name: off for name, off in _OFF.items() if name not in has}
+        if "threshold" not in has:
+            absent |= {"hardening": "exponential"}
+        if self.hardening == "threshold":
+            absent |= {"beta": 0.0, "detach_weights": False}
+        if not absent.get("beta", self.beta):
+            absent |= {"anneal": "none"}
+        if "threshold" in absent or self.hardening == "exponential":
+            absent |= {"threshold": 0.0}
+        if absent.get("anneal", self.anneal) == "none":
+            absent |= {"anneal_steps": 9}
+        if not self.queue:
+            absent |= {"momentum": 0.99}
+        if self.protocol == "released":
+            absent |= {"separate_views": not self.queue, "probe": "released"}
+            if absent.get("anneal", self.anneal) == "paper":
+                absent |= {"anneal": "released"}
+        return absent
 
     def loss_args(self) -> dict[str, Any]:
         """The keyword arguments of :class:`hcl.losses.ContrastiveLoss`."""
-        return {k: getattr(self, k) for k in ("temperature", "beta", "tau_plus", "detach_weights")}
+        names = ("temperature", "beta", "tau_plus", "detach_weights", "debias", "clamp")
+        threshold = self.threshold if self.hardening == "threshold" else None
+        return {k: getattr(self, k) for k in names} | {"threshold": threshold, "Q": self._weight()}
+
+    def _weight(self) -> float | str | None:
+        if self.Q in ("released", "negatives"):
+            return None if self.Q == "released" else self.Q
+        try:
+            return float(self.Q)
+        except ValueError:
+            raise ValueError(
+                f"Q={self.Q!r}: choose 'released', 'negatives', or a number as text"
+            ) from None
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of every field but the study."""
-        return _sha({k: v for k, v in asdict(self).items() if k != "study"})[:12]
+        """Twelve hexadecimal digits of the SHA-256 of the fields but the study."""
+        kept = {k: v for k, v in asdict(self).items() if k not in _YOUNGER or v != _YOUNGER[k]}
+        del kept["study"]
+        return _sha(kept)[:12]
 
 
+def beta_in_epoch(run: Run, epoch: int) -> float:
+    """Hardness of a Run in an epoch, annealed where the Run says so."""
+    if run.anneal == "none":
+        return run.beta
+    return anneal_beta(run.beta, epoch, run.epochs, steps=run.anneal_steps, schedule=run.anneal)  # type: ignore[arg-type]
+
+
+QUEUED = ("nt_xent", "debiased", "hard")
 _CHOICES = {
-    "method": ("nt_xent", "debiased", "hard"),
+    "method": METHODS,
+    "hardening": ("exponential", "threshold"),
+    "positives": ("views", "class"),
     "anneal": ("none", "paper", "released"),
-    "schedule": ("constant", "cosine"),
+    "protocol": ("sound", "released"),
+    "optimizer": ("adam", "muon"),
+    "schedule": ("constant", "cosine", "triangle"),
+    "sides": ("fixed", "growing"),
     "precision": ("float32", "bfloat16"),
     "probe": ("fast", "released"),
+    "watch": ("none", "losses"),
 }
 _LEAST = {
     "epochs": 0, "batch": 2, "weight_decay": 0, "hidden_dim": 1, "out_dim": 1, "eval_every": 0,
-    "seed": 0,
+    "seed": 0, "queue": 0,
 }  # fmt: skip
+_OFF: dict[str, Any] = {  # of a loss that does not have them
+    "beta": 0.0, "tau_plus": 0.0, "detach_weights": False, "threshold": 0.0, "debias": "released",
+    "clamp": "scaled", "Q": "released",
+}  # fmt: skip
+_YOUNGER: dict[str, Any] = {
+    f.name: {} if f.name == "encoder_args" else f.default
+    for f in fields(Run)[[f.name for f in fields(Run)].index("encoder_args") :]
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +236,8 @@ class Record:
     Args:
         run: the configuration.
         metrics: final values; accuracies in [0, 1].
-        history: one row per evaluated epoch (epoch, loss, knn).
+        history: one row per evaluated epoch: epoch (0 before training), loss, knn, and what
+            ``watch`` adds.
         cost: seconds of training, images_per_second, peak_memory_bytes of the process or GPU.
         provenance: commit, clean tree or not, versions, device, threads, date, code fingerprint.
         kept: of the test embeddings beside it, how many rows of how many, and their SHA-256.
@@ -193,12 +295,15 @@ def get(
     embeddings: int = 0,
     progress: bool = True,
     device: str | None = None,
+    compile: bool = False,
+    deadline: float = math.inf,
 ) -> Record:
     """The Record of a Run, from the store if it is there, else trained now and stored.
 
     Args: embeddings: keep those of so many test points beside the Record, when it is trained now
     (a recorded Record is handed out as it was recorded; in the cache study, one with fewer is made
-    again); missing: "refuse" raises instead of training.
+    again); missing: "refuse" raises instead of training; device, compile, deadline: see
+    :func:`hcl.train.train`.
 
     Raises: MissingRecord: not recorded and ``missing="refuse"``; RecordError: a recorded file is
     damaged (never overwritten, except in the cache study).
@@ -212,7 +317,10 @@ def get(
         )
     from hcl.train import train  # heavy, and train itself stores its Records here
 
-    return train(run, store=store, embeddings=embeddings, progress=progress, device=device)
+    return train(
+        run, store=store, embeddings=embeddings, progress=progress, device=device, compile=compile,
+        deadline=deadline,
+    )  # fmt: skip
 
 
 def _keeps(record: Record, embeddings: int) -> bool:

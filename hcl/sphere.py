@@ -79,9 +79,11 @@ class LatentClasses:
         first, second = self.layers
         return torch.tanh(torch.tanh((u + c @ self.directions) @ first) @ second)
 
-    def views(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Render rows twice, each time under fresh nuisances; two (m, 128)."""
-        u = x[:, :LATENT_DIM].repeat(2, 1)
+    def views(
+        self, x: Tensor, generator: torch.Generator, mate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Render rows twice, or x and then mate, under fresh nuisances; two (m, 128)."""
+        u = torch.cat([x, x if mate is None else mate])[:, :LATENT_DIM]
         c = torch.randn(
             len(u), len(self.directions), generator=generator, device=generator.device
         ).to(x.device)

@@ -85,20 +85,22 @@ def record(
     store: Path | None = None,
     budget_s: float = float("inf"),
     embeddings: int = 0,
+    compile: bool = False,
     progress: bool = True,
 ) -> list[Record]:
     """The Records of all Runs, in order; what is not in the store is trained.
 
-    Args: workers: processes, each with its share of the cores; budget_s: start no further Run
-    after so many seconds (those left out are left out of the result); embeddings: see
-    :func:`hcl.runs.get`.
+    Args: workers: processes, each with its share of the cores; on one GPU they share it, which
+    fills it where the Runs are small. budget_s: after so many seconds nothing is begun, and a Run
+    in training stops at the end of an epoch with a checkpoint, from which the next call goes on
+    (Runs left out are left out of the result). embeddings, compile: see :func:`hcl.runs.get`.
 
     Raises: what training raises; the Records finished by then stay.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: must be 1 or more")
-    stop = time.monotonic() + budget_s
-    args = {"store": store, "embeddings": embeddings}
+    stop = time.time() + budget_s
+    args = {"store": store, "embeddings": embeddings, "compile": compile, "deadline": stop}
     with tqdm(total=len(wanted), desc="runs", disable=not progress, leave=False) as bar:
         if workers == 1:
             return list(_serial(wanted, stop, bar, args))
@@ -107,10 +109,11 @@ def record(
 
 def _serial(wanted: Sequence[Run], stop: float, bar: Any, args: dict[str, Any]) -> Iterable[Record]:
     for run in wanted:
-        if time.monotonic() >= stop:
+        if time.time() >= stop:
             return
-        yield runs.get(run, progress=False, **args)
-        bar.update()
+        if record := _get(run, args):
+            yield record
+            bar.update()
 
 
 def _parallel(
@@ -118,27 +121,39 @@ def _parallel(
 ) -> list[Record]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     queue = iter(enumerate(wanted))
-    busy: dict[Future[Record], int] = {}
+    busy: dict[Future[Record | None], int] = {}
     found: dict[int, Record] = {}
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start_worker, initargs=(threads,)
     ) as pool:
         try:
             while True:
-                while len(busy) < workers and time.monotonic() < stop:
+                while len(busy) < workers and time.time() < stop:
                     if (job := next(queue, None)) is None:
                         break
-                    busy[pool.submit(runs.get, job[1], progress=False, **args)] = job[0]
+                    busy[pool.submit(_get, job[1], args)] = job[0]
                 if not busy:
                     return [found[i] for i in sorted(found)]
                 for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                    found[busy.pop(future)] = future.result()
-                    bar.update()
+                    place = busy.pop(future)
+                    if record := future.result():
+                        found[place] = record
+                        bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in active_children():  # their checkpoints stay
                 worker.terminate()
             raise
+
+
+def _get(run: Run, args: dict[str, Any]) -> Record | None:
+    """None where the time was up before the training was done."""
+    from hcl.train import OutOfTime
+
+    try:
+        return runs.get(run, progress=False, **args)
+    except OutOfTime:
+        return None
 
 
 def _start_worker(threads: int) -> None:

@@ -1,6 +1,6 @@
 """The trainer: one loop for any modality.
 
-data -> two views -> encoder -> projection head -> loss -> Adam; then the probes, then a Record.
+data -> two views -> encoder -> projection head -> loss -> optimiser; then probes, then a Record.
 Every epoch draws from a generator of its own, seeded by (seed, epoch), so a run that was killed
 continues from its last checkpoint exactly as if nothing had happened (on a CPU: with as many
 threads, for the order of a sum decides its last digit).
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hcl import geometry, losses, probe, runs, sphere, vision
+from hcl import geometry, losses, ordering, probe, runs, sphere, vision
 from hcl.atomic import whole_or_nothing
+from hcl.moco import MomentumQueue, queue_loss
+from hcl.muon import Muon
 from hcl.provenance import code_fingerprint, provenance
-from hcl.runs import Record, Run
+from hcl.runs import Record, Run, beta_in_epoch
 
 LOADERS: dict[str, Callable[..., Any]] = {"sphere": sphere.load}  # other names: hcl.vision's
 
@@ -31,8 +33,11 @@ class Data(Protocol):
     """What a modality hands to the trainer; rows are samples, tensors are on the device.
 
     ``x_train`` is all that contrastive training may see (label -1: none); the probes fit on
-    ``x_probe`` and are judged on ``x_test``. ``views`` draws a positive pair for every row of x,
-    ``inputs`` is what the encoder sees of a row when nothing is random.
+    ``x_probe`` and are judged on ``x_test``. ``views`` draws a positive pair for every row of x, or
+    of x and the row of ``mate`` beside it; ``inputs`` is what the encoder sees of a row when
+    nothing is random. ``mate`` is asked for by positives="class" alone, options of ``encoder`` by
+    ``encoder_args`` alone, and a method ``grown(share)``, of data with views as large as they are
+    after that share of the training, by sides="growing" alone.
     """
 
     name: str
@@ -44,11 +49,17 @@ class Data(Protocol):
     x_test: Tensor
     y_test: Tensor
 
-    def views(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
+    def views(
+        self, x: Tensor, generator: torch.Generator, mate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def inputs(self, x: Tensor) -> Tensor: ...
 
-    def encoder(self, name: str) -> nn.Module: ...
+    def encoder(self, name: str, **options: Any) -> nn.Module: ...
+
+
+class OutOfTime(TimeoutError):
+    """The deadline came first; a checkpoint lets the next call continue."""
 
 
 class Model(nn.Module):
@@ -94,14 +105,22 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
         raise ValueError(
             f"data_args {sorted(unknown)}: {run.data!r} takes {', '.join(sorted(options))}"
         )
-    return load(run.data, device=device, seed=run.seed, **run.data_args)
+    args = dict(run.data_args)
+    if run.protocol == "released" and "statistics" in options:
+        args = {"statistics": "released", **args}
+        if run.data == "stl10":
+            args = {"view_size": 32, **args}
+    return load(run.data, device=device, seed=run.seed, **args)
 
 
 def build_model(run: Run, data: Data) -> Model:
     """Freshly initialised encoder and head; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        encoder = data.encoder(run.encoder)
+        try:
+            encoder = data.encoder(run.encoder, **run.encoder_args)
+        except TypeError as error:
+            raise ValueError(f"encoder_args={dict(run.encoder_args)}: {error}") from error
         if run.encoder == "raw":
             return Model(encoder, nn.Identity())
         width = int(encoder.out_dim)  # type: ignore[arg-type]
@@ -117,30 +136,36 @@ def train(
     embeddings: int = 0,
     compile: bool = False,
     checkpoint_every: float = 60.0,
+    deadline: float = math.inf,
     progress: bool = True,
 ) -> Record:
     """Train a Run, measure it, store its Record and hand it back.
 
     Args:
-        device: "cuda" where there is one, else "cpu". compile: torch.compile the model.
+        device: "cuda" where there is one, else "cpu". compile: torch.compile the model, on a GPU
+            with CUDA graphs and whichever convolutions are quickest there, so no longer the same
+            to the last digit each time; the Record's provenance says so.
         embeddings: keep the unit embeddings of so many test points (float16) with the Record.
         checkpoint_every: seconds between checkpoints, written at ends of epochs; a later call with
             the same Run continues from the last one. It is removed when the Record is stored.
+        deadline: in seconds of time.time(); an epoch that would end later is not begun.
 
     Raises:
-        ValueError: a batch larger than the training data, or options the data does not have.
+        ValueError: a batch larger than the training data, options the data does not have, labels
+            missing where the Run needs them, or a checkpoint that is not of this Run and code.
         FloatingPointError: the loss became NaN or infinite.
+        OutOfTime: the deadline came first; the checkpoint stays.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_data(run, where)
-    if run.epochs and run.batch > len(data.x_train):
-        raise ValueError(f"batch={run.batch}: {run.data} has {len(data.x_train)} training samples")
+    _check_data(run, data)
     model = build_model(run, data).to(where).to(memory_format=torch.channels_last)
     made = provenance(where)  # now: nothing that could fail is left for after the training
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    checkpoint = runs.path_of(run, store=store).with_suffix(".checkpoint")
+    with torch.backends.cudnn.flags(deterministic=not compile, benchmark=compile):
         seconds, history, loss = fit(
-            run, model, data, runs.path_of(run, store=store).with_suffix(".checkpoint"),
-            compile=compile, checkpoint_every=checkpoint_every, progress=progress,
+            run, model, data, checkpoint, compile=compile, checkpoint_every=checkpoint_every,
+            deadline=deadline, progress=progress,
         )  # fmt: skip
         metrics, arrays = measure(run, model, data, embeddings)
     if run.epochs:
@@ -151,10 +176,32 @@ def train(
         "images_per_second": round(seen / seconds, 1) if seconds else 0.0,
         "peak_memory_bytes": _peak_memory(where),
     }
+    if compile:
+        made |= {"compiled": True}
     record = Record(run=run, metrics=metrics, history=history, cost=cost, provenance=made)
     record = runs.save(record, store=store, arrays=arrays)
-    runs.path_of(run, store=store).with_suffix(".checkpoint").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _check_data(run: Run, data: Data) -> None:
+    """Refuse, before anything is trained, what the data cannot give."""
+    if run.epochs and run.batch > len(data.x_train):
+        raise ValueError(f"batch={run.batch}: {run.data} has {len(data.x_train)} training samples")
+    needs = {
+        f"method={run.method!r}": "labels" in losses.ARGUMENTS[run.method],
+        f"positives={run.positives!r}": run.positives == "class",
+        f"watch={run.watch!r}": run.watch == "losses",
+    }
+    without = int((data.y_train < 0).sum())
+    for what, needed in needs.items():
+        if needed and without and run.epochs:
+            raise ValueError(
+                f"{what}: needs a label for every training sample; {without} of {run.data}'s "
+                f"{len(data.y_train)} have none (data_args labelled=True leaves them out)"
+            )
+    if run.sides == "growing" and not hasattr(data, "grown"):
+        raise ValueError(f"sides='growing': {run.data} has no pictures whose views could grow")
 
 
 def fit(
@@ -165,34 +212,51 @@ def fit(
     *,
     compile: bool = False,
     checkpoint_every: float = 60.0,
+    deadline: float = math.inf,
     progress: bool = True,
 ) -> tuple[float, list[dict[str, float]], float]:
-    """The loop. Returns seconds, the evaluated epochs' history, and the last epoch's mean loss."""
+    """The loop. Returns seconds, the evaluated epochs' history, and the last epoch's mean loss.
+
+    Raises: as :func:`train`.
+    """
     x, device = data.x_train, data.x_train.device
-    loss_fn = losses.ContrastiveLoss(run.method, **run.loss_args())
     steps = len(x) // run.batch
-    optimizer, scheduler = _optimizer(run, model, steps, fused=device.type == "cuda")
-    done = _resume(run, checkpoint, model, optimizer, scheduler)
+    optimizers, schedulers = _optimizers(run, model, steps, fused=device.type == "cuda")
+    objective = Objective(run, model, data, compile=compile)
+    parts = (model, *optimizers, *schedulers, *objective.parts())
+    done = _resume(run, checkpoint, *parts)
+    if run.eval_every and run.epochs and not done["history"]:
+        done["history"].append({"epoch": 0, **watched(run, model, data)})
     started = saved = time.perf_counter()
-    forward = torch.compile(model) if compile else model
+
+    def keep() -> None:
+        state = {**done, "seconds": done["seconds"] + time.perf_counter() - started}
+        _checkpoint(run, checkpoint, state, *parts)
+
+    longest = 0.0
     with tqdm(
         total=run.epochs * steps, initial=done["epoch"] * steps, disable=not progress,
         desc=f"{run.study}/{run.digest}", unit="step", leave=False,
     ) as bar:  # fmt: skip
         for epoch in range(done["epoch"] + 1, run.epochs + 1):
-            loss_fn.beta = beta_in_epoch(run, epoch)
+            if time.time() + longest > deadline:
+                keep()
+                raise OutOfTime(f"epoch {epoch} of {run} would end after the deadline")
+            began = time.time()
+            objective.begin(epoch)
             generator = torch.Generator(device).manual_seed(run.seed * 1_000_003 + epoch)
             model.train()
             total = torch.zeros((), device=device)  # summed on the device: no wait at each step
             for rows in batches(len(x), run.batch, generator):
-                v1, v2 = data.views(x[rows], generator)
-                with torch.autocast(device.type, torch.bfloat16, run.precision == "bfloat16"):
-                    z1, z2 = forward(torch.cat([v1, v2])).chunk(2)  # (B, out_dim) each
-                loss = _finite(loss_fn, z1, z2, epoch, run)
-                optimizer.zero_grad(set_to_none=True)
+                loss = objective(rows, generator)
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimizer.step()
-                scheduler.step()
+                for optimizer in optimizers:
+                    optimizer.step()
+                for scheduler in schedulers:
+                    scheduler.step()
+                objective.after_step()
                 total += loss.detach()
                 bar.update()
             done["epoch"], done["loss"] = epoch, (total / steps).item()
@@ -200,30 +264,100 @@ def fit(
                 raise FloatingPointError(f"loss {done['loss']} in epoch {epoch} of {run}")
             bar.set_postfix(epoch=epoch, loss=f"{done['loss']:.3f}")
             if run.eval_every and epoch % run.eval_every == 0:
-                done["history"].append(
-                    {"epoch": epoch, "loss": done["loss"], "knn": _accuracy(model, data)["knn"]}
-                )
+                row = {"epoch": epoch, "loss": done["loss"], **watched(run, model, data)}
+                done["history"].append(row)
+            longest = max(longest, time.time() - began)
             now = time.perf_counter()
             last = epoch == run.epochs and now - started >= checkpoint_every
             if now - saved >= checkpoint_every or last:
-                state = {**done, "seconds": done["seconds"] + now - started}
-                _checkpoint(run, checkpoint, state, model, optimizer, scheduler)
+                keep()
                 saved = time.perf_counter()
     return done["seconds"] + time.perf_counter() - started, done["history"], done["loss"]
 
 
-def _finite(loss_fn: nn.Module, z1: Tensor, z2: Tensor, epoch: int, run: Run) -> Tensor:
-    try:
-        return loss_fn(z1, z2)
-    except ValueError as error:  # what the losses say of embeddings that are not finite
-        raise FloatingPointError(f"training diverged in epoch {epoch} of {run}: {error}") from error
+class Objective:
+    """The loss of a batch of rows as a Run says: views, mates, queue, one pass or two."""
+
+    def __init__(self, run: Run, model: Model, data: Data, *, compile: bool = False):
+        self.run, self.model, self.data = run, model, data
+        device = data.x_train.device
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        self.forward = torch.compile(model, mode=mode) if compile else model
+        self.loss = losses.ContrastiveLoss(run.method, **run.loss_args())
+        self.mates = Mates(data.y_train) if run.positives == "class" else None
+        self.keys = None
+        if run.queue:
+            keys = MomentumQueue(model, size=run.queue, dim=run.out_dim, momentum=run.momentum)
+            self.keys = keys.to(device)
+
+    def parts(self) -> list[nn.Module]:
+        """What a checkpoint must hold beside the model."""
+        return [self.keys] if self.keys else []
+
+    def begin(self, epoch: int) -> None:
+        """Set what changes from epoch to epoch."""
+        self.epoch, self.loss.beta = epoch, beta_in_epoch(self.run, epoch)
+        self.view_data = self.data
+        if self.run.sides == "growing":
+            self.view_data = self.data.grown((epoch - 1) / self.run.epochs)  # type: ignore[attr-defined]
+
+    def __call__(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar loss of the samples ``rows`` (B,) of the training data."""
+        x = self.data.x_train
+        if self.mates is None:
+            v1, v2 = self.view_data.views(x[rows], generator)
+        else:
+            v1, v2 = self.view_data.views(x[rows], generator, x[self.mates(rows, generator)])
+        with torch.autocast(x.device.type, torch.bfloat16, self.run.precision == "bfloat16"):
+            if self.keys:
+                z1, z2 = self.forward(v1), self.keys.keys(v2, generator)
+            elif self.run.separate_views:
+                z1, z2 = self.forward(v1), self.forward(v2)
+            else:
+                z1, z2 = self.forward(torch.cat([v1, v2])).chunk(2)  # (B, out_dim) each
+        try:
+            if self.keys:
+                return self._queued(z1, z2)
+            found: Tensor = self.loss(z1, z2, self.data.y_train[rows])
+            return found
+        except ValueError as error:  # what the losses say of embeddings that are not finite
+            raise FloatingPointError(
+                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
+            ) from error
+
+    def _queued(self, query: Tensor, key: Tensor) -> Tensor:
+        assert self.keys is not None
+        args = {"temperature": self.run.temperature, "tau_plus": self.run.tau_plus}
+        loss = queue_loss(query, key, self.keys.queue.clone(), beta=self.loss.beta, **args)
+        self.keys.push(key)
+        return loss
+
+    def after_step(self) -> None:
+        """Let the queue's encoder follow."""
+        if self.keys:
+            self.keys.follow(self.model)
 
 
-def beta_in_epoch(run: Run, epoch: int) -> float:
-    """Hardness of a Run in an epoch, annealed where the Run says so."""
-    if run.anneal == "none":
-        return run.beta
-    return losses.anneal_beta(run.beta, epoch, run.epochs, schedule=run.anneal)  # type: ignore[arg-type]
+class Mates:
+    """For each row a random row of the same label, itself included.
+
+    labels: (n,) integers. Source: Robinson et al. 2021, the released code's true positives.
+
+    >>> Mates(torch.tensor([5, 7, 5]))(torch.tensor([1]), torch.Generator())
+    tensor([1])
+    """
+
+    def __init__(self, labels: Tensor):
+        _, group, self.count = labels.unique(return_inverse=True, return_counts=True)
+        self.group, self.order = group, group.argsort(stable=True)
+        self.start = self.count.cumsum(0) - self.count
+
+    def __call__(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows (B,) of the mates of ``rows`` (B,)."""
+        group = self.group[rows]
+        share = torch.rand(len(rows), generator=generator, device=generator.device)
+        place = (share * self.count[group]).long().clamp(max=self.count[group] - 1)
+        return self.order[self.start[group] + place]
 
 
 def batches(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -255,6 +389,28 @@ def measure(
     return metrics, arrays if embeddings else {}
 
 
+WATCHED = 4  # batches of training data whose losses are watched
+
+
+def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
+    """A row of the history: kNN accuracy and, if the Run says so, losses of the same few batches.
+
+    Their hardness is the Run's, 1 where the method has none; encoder in eval mode.
+    """
+    row = _accuracy(model, data)
+    if run.watch == "none":
+        return row
+    generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
+    args = {"temperature": run.temperature, "beta": run.beta or 1.0}
+    found = []
+    for rows in list(batches(len(data.x_train), run.batch, generator))[:WATCHED]:
+        z1, z2 = (_embed(model, view) for view in data.views(data.x_train[rows], generator))
+        labels = data.y_train[rows]
+        share = ordering.assumption_share(z1, z2, labels, **args)
+        found.append({**ordering.four_losses(z1, z2, labels, **args), "assumption": share})
+    return row | {name: sum(f[name] for f in found) / len(found) for name in found[0]}
+
+
 def _accuracy(model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
     train_h = probe.features(model.encoder, data.x_probe, data.inputs)
     test_h = probe.features(model.encoder, data.x_test, data.inputs)
@@ -269,24 +425,47 @@ def _embed(model: Model, inputs: Tensor) -> Tensor:
 
 
 def _clamp_share(run: Run, z1: Tensor, z2: Tensor) -> float:
-    """Mean over test batches of the training's size."""
-    args: dict[str, Any] = {k: getattr(run, k) for k in ("temperature", "beta", "tau_plus")}
+    """Mean over test batches of the training's size; 0 where the loss has no clamp."""
+    if run.tau_plus == 0 or run.queue:
+        return 0.0
+    names = ("temperature", "beta", "tau_plus", "debias", "clamp")
+    args = {k: v for k, v in run.loss_args().items() if k in names}
     size = min(run.batch, len(z1))
     pairs = list(zip(z1.split(size), z2.split(size), strict=True))
     shares = [losses.clamp_share(a, b, **args) for a, b in pairs if len(a) == size]
     return sum(shares) / len(shares)
 
 
-def _optimizer(
+MUON_LR = 20  # times the learning rate of Adam: 0.02 where that is 0.001
+
+
+def _optimizers(
     run: Run, model: Model, steps: int, *, fused: bool
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:  # encoder "raw": nothing will be stepped
         parameters = [nn.Parameter(torch.zeros(1))]
+    found: list[torch.optim.Optimizer] = []
+    if run.optimizer == "muon" and (wide := [p for p in parameters if p.ndim > 1]):
+        found.append(Muon(wide, lr=MUON_LR * run.lr, weight_decay=run.weight_decay))
+        parameters = [p for p in parameters if p.ndim <= 1]
     adam = torch.optim.Adam(parameters, lr=run.lr, weight_decay=run.weight_decay, fused=fused)
+    found.append(adam)
+    return found, [_schedule(run, optimizer, max(1, run.epochs * steps)) for optimizer in found]
+
+
+def _schedule(
+    run: Run, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedules = torch.optim.lr_scheduler
     if run.schedule == "cosine":
-        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, run.epochs * steps))
-    return adam, torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
+        return schedules.CosineAnnealingLR(optimizer, steps)
+    if run.schedule == "triangle":  # up for a fifth of the training, then down to nothing
+        rise = max(1, steps // 5)
+        return schedules.LambdaLR(
+            optimizer, lambda s: min((s + 1) / rise, (steps - s) / max(1, steps - rise))
+        )
+    return schedules.ConstantLR(optimizer, factor=1.0)
 
 
 def _checkpoint(run: Run, path: Path, done: dict[str, Any], *parts: Any) -> None:
@@ -296,18 +475,28 @@ def _checkpoint(run: Run, path: Path, done: dict[str, Any], *parts: Any) -> None
 
 
 def _resume(run: Run, path: Path, *parts: Any) -> dict[str, Any]:
-    """Load the checkpoint of this very Run, code and torch; otherwise begin at the beginning."""
+    """Load the checkpoint of this very Run, code and torch; without one, begin at the beginning.
+
+    In the cache study, that of other code or torch is passed over; elsewhere it may be hours of
+    work, and is refused.
+    """
     fresh: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "loss": math.nan, "history": []}
     if not path.exists():
         return fresh
+    remedy = "delete it to start over"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        made_by = list(state["made_by"])
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        raise ValueError(
-            f"{path}: checkpoint is damaged ({error}); delete it to start over"
-        ) from error
-    if state["made_by"] != _made_by(run):
-        return fresh
+        raise ValueError(f"{path}: checkpoint is damaged ({error}); {remedy}") from error
+    for mine, its, what in zip(_made_by(run), made_by, ("run", "code", "torch"), strict=True):
+        if mine != its and run.study == runs.CACHE_STUDY:
+            return fresh
+        if mine != its:
+            raise ValueError(
+                f"{path}: checkpoint of another {what} ({its}, not {mine}); finish it with that "
+                f"one, or {remedy}"
+            )
     for part, saved in zip(parts, state["parts"], strict=True):
         part.load_state_dict(saved)
     return state["done"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from hcl import initial
 from hcl.imagesets import SOURCES, DamagedDataError, data_root, download, read
 from hcl.views import Augmentation, augment
 
@@ -43,21 +44,53 @@ class Images:
     mean: Tensor
     std: Tensor
     augmentation: Augmentation
+    input_size: int | None = None
 
     def inputs(self, x: Tensor) -> Tensor:
         """Rows x, (B, C, H, W) uint8, as normalised float32 without augmentation."""
-        return (x.float() / 255).sub_(self.mean).div_(self.std)
-
-    def views(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two random views of rows x, (B, C, H, W) uint8: normalised float32, drawn per image."""
         x = x.float() / 255
-        first, second = (augment(x, self.augmentation, generator) for _ in range(2))
+        if self.input_size is not None:
+            side = (self.input_size, self.input_size)
+            x = interpolate(x, side, mode="bilinear", antialias=True)
+        return x.sub_(self.mean).div_(self.std)
+
+    def views(
+        self, x: Tensor, generator: torch.Generator, mate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Two random views of rows x, or one of x and one of mate, both (B, C, H, W) uint8.
+
+        Normalised float32, drawn per image.
+        """
+        x = x.float() / 255
+        mate = x if mate is None else mate.float() / 255
+        first, second = (augment(v, self.augmentation, generator) for v in (x, mate))
         return first.sub_(self.mean).div_(self.std), second.sub_(self.mean).div_(self.std)
 
-    def encoder(self, name: str) -> nn.Module:
-        """A new encoder for pictures of this shape; see `encoder`."""
+    def grown(self, share: float) -> "Images":
+        """The same data with smaller views: 3/4 of their side at first, all of it at share 0.8."""
+        full = self.augmentation.side or self.x_train.shape[-1]
+        side = round(full * (0.75 + 0.25 * min(1.0, share / 0.8)))
+        return replace(self, augmentation=replace(self.augmentation, side=side))
+
+    def encoder(
+        self, name: str, *, whiten: bool = False, dirac: bool = False, norm_momentum: float = 0.1
+    ) -> nn.Module:
+        """A new encoder for pictures of this shape; see `encoder`, and `hcl.initial` for options.
+
+        whiten: the first convolution starts as whitening filters of the training pictures; dirac:
+        the others pass their input on; norm_momentum: of BatchNorm's running statistics.
+        """
         channels, height, width = self.x_train.shape[1:]
-        return encoder(name, channels=channels, pixels=height * width)
+        net = encoder(name, channels=channels, pixels=height * width)
+        initial.set_norm_momentum(net, norm_momentum)
+        convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+        if (whiten or dirac) and not convs:
+            raise ValueError(f"whiten, dirac: encoder {name!r} has no convolutions")
+        if whiten:
+            initial.whiten_(convs[0], self.inputs(self.x_train[: initial.PATCHES]).cpu())
+        if dirac:
+            initial.dirac_(net)
+        return net
 
 
 def load(
@@ -70,6 +103,8 @@ def load(
     n_test: int | None = None,
     size: int | None = None,
     view_size: int | None = None,
+    input_size: int | None = None,
+    labelled: bool = False,
     statistics: str = "own",
     augmentation: Augmentation | None = None,
 ) -> Images:
@@ -93,7 +128,12 @@ def load(
     """
     if statistics not in ("own", "released"):
         raise ValueError(f"statistics={statistics!r}: choose 'own' or 'released'")
+    if input_size is not None and input_size < 1:
+        raise ValueError(f"input_size={input_size}: give at least 1 pixel, or None")
     splits = read(name, data_root(root), seed)
+    if labelled:
+        has = np.flatnonzero(splits.y_train >= 0)
+        splits = splits._replace(x_train=splits.x_train[has], y_train=splits.y_train[has])
     x_train, y_train = _part(splits.x_train, splits.y_train, n_train, "n_train", seed, size)
     x_test, y_test = _part(splits.x_test, splits.y_test, n_test, "n_test", seed, size)
     mean, std = _statistics(x_train) if statistics == "own" else _released(x_train)
@@ -115,6 +155,7 @@ def load(
         mean=mean.to(device),
         std=std.to(device),
         augmentation=augmentation if view_size is None else replace(augmentation, side=view_size),
+        input_size=input_size,
     )
 
 
