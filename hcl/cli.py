@@ -89,13 +89,18 @@ def _add_sweep(commands: Any) -> None:
         metavar="NAME=VALUES",
         help="e.g. beta=0,0.5,1 or seed=0:5; several span a product",
     )
-    sweep.add_argument("--budget", metavar="TIME", help="study: start nothing after e.g. 60m")
+    sweep.add_argument(
+        "--budget", metavar="TIME", help="study: stop after e.g. 9m, with checkpoints"
+    )
     sweep.add_argument(
         "--embeddings",
         type=int,
         default=0,
         metavar="N",
         help="study: keep the embeddings of N test points a run",
+    )
+    sweep.add_argument(
+        "--compile", action="store_true", help="study: torch.compile the models, faster on a GPU"
     )
     _add_workers(sweep, default=1)
 
@@ -127,11 +132,15 @@ def _add_workers(parser: argparse.ArgumentParser, *, default: int) -> None:
 
 def _add_runs(commands: Any) -> None:
     runs = _command(commands, "runs", _runs, "the recorded runs under data/runs")
-    what = runs.add_subparsers(dest="what", required=True, metavar="list|show|table|verify")
+    what = runs.add_subparsers(dest="what", required=True, metavar="list|show|table|verify|merge")
     what.add_parser("list", help="every Record, a line each")
     what.add_parser("show", help="one Record in full").add_argument("digest", help="or its start")
     what.add_parser("table", help="a study's Records as a table").add_argument("study")
     what.add_parser("verify", help="is every Record whole and unedited?")
+    merge = what.add_parser("merge", help="bring in Records made on another machine")
+    merge.add_argument("source", type=Path, metavar="DIR", help="a store, or one study's folder")
+    merge.add_argument("--study", metavar="NAME", help="only this study")
+    merge.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
 
 
 def _book(args: argparse.Namespace) -> None:
@@ -171,8 +180,9 @@ def _sweep_study(args: argparse.Namespace) -> None:
     wanted = sweeps.load_study(args.notebook)
     budget_s = seconds(args.budget) if args.budget else float("inf")
     kept = sweeps.record(
-        wanted, workers=args.workers, embeddings=args.embeddings, budget_s=budget_s
-    )
+        wanted, workers=args.workers, embeddings=args.embeddings, budget_s=budget_s,
+        compile=args.compile,
+    )  # fmt: skip
     print(f"{len(kept)} of {len(wanted)} runs of {args.notebook} are recorded")
 
 
@@ -234,6 +244,8 @@ def _runs(args: argparse.Namespace) -> int:
         problems = runs.verify()
         print("\n".join(problems) or "every Record is whole and as it was recorded")
         return 1 if problems else 0
+    if args.what == "merge":
+        return _merge(args)
     if args.what == "show":
         print(_one(args.digest))
     elif args.what == "table":
@@ -243,13 +255,28 @@ def _runs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(args: argparse.Namespace) -> int:
+    from hcl.merge import merge
+
+    done = merge(args.source, study=args.study, dry_run=args.dry_run)
+    would = "would be " * args.dry_run
+    lines = [f"{would}added: {path.parent.name}/{path.name}" for path in done.added]
+    lines += [f"refused: {why}" for why in done.refused.values()]
+    if done.skipped:
+        lines.append(f"skipped: {len(done.skipped)} files of {done.skipped[0].parent}, a cache")
+    counts = f"{len(done.already_there)} already there, {len(done.refused)} refused"
+    print("\n".join([*lines, f"{len(done.added)} {would}added, {counts}"]))
+    return 1 if done.refused else 0
+
+
 def _line(record: Any) -> str:
     from hcl.compare import label
 
     run, kept = record.run, record.metrics
     scores = "  ".join(f"{k} {kept[k]:.3f}" for k in ("knn", "linear") if k in kept)
     what = f"{run.study:20} {run.data:10} {run.encoder:10} {label(record):18}"
-    return f"{run.digest}  {what} seed {run.seed}  {scores}  {record.provenance['date']}"
+    code = record.provenance.get("code", "unknown")[:7]
+    return f"{run.digest}  {what} seed {run.seed}  {scores}  {code}  {record.provenance['date']}"
 
 
 def _one(digest: str) -> str:

@@ -138,10 +138,10 @@ def load(
     x_test, y_test = _part(splits.x_test, splits.y_test, n_test, "n_test", seed, size)
     mean, std = _statistics(x_train) if statistics == "own" else _released(x_train)
     rows = x_train, y_train = x_train.to(device), y_train.to(device)
-    if (labelled := splits.y_train >= 0).all():
+    if (known := splits.y_train >= 0).all():
         x_probe, y_probe = rows
     else:
-        x_probe, y_probe = _part(splits.x_train[labelled], splits.y_train[labelled], size=size)
+        x_probe, y_probe = _part(splits.x_train[known], splits.y_train[known], size=size)
     augmentation = augmentation or SOURCES[name].augmentation
     return Images(
         name=name,

@@ -29,7 +29,8 @@ def store(tmp_path, monkeypatch):
     kept = []
     for method, knn in (("nt_xent", 0.5), ("hard", 0.625)):
         run = Run(study="lab", data="sphere", encoder="mlp", method=method, epochs=1)
-        provenance = {"date": f"2026-11-22T00:00:0{len(kept)}+00:00"}
+        provenance = {"code": "451c6ed4a3ee", "device": "CPU"}
+        provenance["date"] = f"2026-11-22T00:00:0{len(kept)}+00:00"
         record = Record(
             run=run, metrics={"knn": knn}, history=[], cost={"seconds": 1.0}, provenance=provenance
         )
@@ -260,6 +261,7 @@ def test_runs_lists_shows_tabulates_and_verifies(store, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [r.run.digest for r in store]
     assert "knn 0.625" in lines[1]
+    assert " 451c6ed " in lines[1]  # the version of the code
     digest = store[1].run.digest
     assert cli.main(["runs", "show", digest[:8]]) == 0
     shown = capsys.readouterr().out
@@ -276,6 +278,31 @@ def test_runs_lists_shows_tabulates_and_verifies(store, capsys):
     assert cli.main(["runs", "show", digest]) == 2
     assert cli.main(["runs", "show", "nothing"]) == 2
     assert cli.main(["runs", "table", "other"]) == 2
+
+
+def test_runs_merge_says_what_came_and_what_did_not(store, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HCL_RUNS", str(tmp_path / "here"))
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "0.json").write_text("{}")
+    names = sorted(f"lab/{r.path.name}" for r in store)
+    words = ["runs", "merge", str(tmp_path)]
+    assert cli.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("would be added: ")] == [
+        f"would be added: {name}" for name in names
+    ]
+    assert "skipped: 1 files" in said
+    assert not (tmp_path / "here").exists()
+    assert cli.main([*words, "--study", "lab"]) == 0
+    assert "2 added, 0 already there, 0 refused" in capsys.readouterr().out
+    store[1].path.write_text("{")
+    assert cli.main(words) == 1
+    said = capsys.readouterr().out
+    assert f"refused: {store[1].path} is " in said
+    assert "0 added, 1 already there, 1 refused" in said
+    for wrong in (tmp_path / "here", tmp_path / "nowhere"):
+        assert cli.main(["runs", "merge", str(wrong)]) == 2
+        assert f"hcl: source='{wrong}'" in capsys.readouterr().err
 
 
 def test_data_downloads_and_an_unknown_name_is_refused(capsys, monkeypatch, tmp_path):
