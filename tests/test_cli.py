@@ -241,7 +241,7 @@ def test_sweep_of_a_study_records_its_runs_within_the_budget(root, capsys, monke
     (root / "study.yml").write_text(study)
     words = ["--workers", "2", "--budget", "60m", "--embeddings", "5"]
     assert cli.main(["sweep", "study.yml", *words]) == 0
-    assert told == {"workers": 2, "budget_s": 3600.0, "embeddings": 5}
+    assert told == {"workers": 2, "budget_s": 3600.0, "embeddings": 5, "compile": False}
     assert "1 of 2 runs" in capsys.readouterr().out
     assert cli.main(["sweep", "study.yml", "--grid", "beta=1"]) == 2
     assert cli.main(["sweep", "study.yml", "--budget", "long"]) == 2

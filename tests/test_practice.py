@@ -117,9 +117,8 @@ def test_the_methods_on_the_pages_are_those_there_are():
     assert len(cells) == 9
     for name in {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}:
         assert callable(getattr(losses, name, None)) or name in negatives.DEFAULTS, name
-    allowed = re.search(r"In a study, `method` is one of ([^:]*):", RERUN.read_text())[1]
-    known = set(re.findall(r"`(\w+)`", allowed))
-    assert {m for m in losses.METHODS if accepted(m)} == known
+    assert "`method` is the name of a loss of\n`hcl.losses`" in RERUN.read_text()
+    assert all(accepted(m) for m in losses.METHODS)
 
 
 def accepted(method):

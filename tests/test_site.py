@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import sitecheck
 
-from hcl import book, notebooks, project_root
+from hcl import book, notebooks, project_root, sweeps
 
 ROOT = project_root()
 SITE = ROOT / "_build" / "html"
@@ -76,7 +76,9 @@ def test_a_notebook_is_titled_and_holds_no_output_of_this_machine(path):
 def test_the_profiles_fit_the_notebooks():
     for path in (ROOT / "book" / "profiles").glob("*.yml"):
         body = notebooks.load_yaml(path.read_text(), path.name)
-        if not (isinstance(body, dict) and "study" in body):
+        if isinstance(body, dict) and "study" in body:
+            assert sweeps.load_study(path)
+        else:
             notebooks.profile(ROOT, path.stem)
     assert notebooks.profile(ROOT, "lab")
     assert notebooks.profile(ROOT, "paper")
