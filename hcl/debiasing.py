@@ -29,7 +29,7 @@ def log_tilted_sums(
 
     threshold: over those alone whose cosine reaches it, and the hardest in any case.
     """
-    if threshold is not None:
+    if threshold is not None and threshold > -1:  # -1 keeps all, whatever rounding does
         return _log_kept_sums(batch, beta, detach_weights, threshold)
     if beta == 0:
         return batch.log_sums(1.0)[0], log_count(batch.negatives)
@@ -50,7 +50,8 @@ def _log_kept_sums(
 
     def strip(s: Tensor, excluded: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = s.detach().masked_fill(excluded, -math.inf)
-        hardest = seen.amax(dim=1, keepdim=True)
+        # no candidates at all: every image was left out
+        hardest = seen.amax(dim=1, keepdim=True) if s.shape[1] else seen.new_zeros(len(s), 1)
         kept = (seen >= hardest.clamp(max=least)) & ~excluded
         none = ~kept.any(dim=1)
         a = (beta * (s.detach() if detach_weights else s)).masked_fill(~kept, -math.inf)

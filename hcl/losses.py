@@ -546,6 +546,7 @@ def clamp_share(
     temperature: float = 0.5,
     beta: float = 1.0,
     tau_plus: float = 0.1,
+    threshold: float | None = None,
     debias: Debias = "released",
     clamp: Clamp = "scaled",
     Q: float | None = None,
@@ -561,9 +562,9 @@ def clamp_share(
     >>> clamp_share(z, z, temperature=0.1, beta=0.0, tau_plus=0.1)  # aligned, small temperature
     1.0
     """
-    _check(beta, tau_plus, debias, clamp, Q)
+    _check(beta, tau_plus, debias, clamp, Q, threshold=threshold)
     batch = Batch(z1, z2, temperature, **among)
-    _, bound = log_negatives(batch, beta, tau_plus, False, debias, clamp, Q)
+    _, bound = log_negatives(batch, beta, tau_plus, False, debias, clamp, Q, threshold)
     return batch.mean(bound.to(batch.positives)).item()
 
 

@@ -55,6 +55,8 @@ def queue_loss(
     if query.shape != key.shape or query.ndim != 2 or queue.shape[1:] != query.shape[1:]:
         shapes = ", ".join(str(tuple(z.shape)) for z in (query, key, queue))
         raise ValueError(f"query, key, queue have shapes {shapes}: give (B, d), (B, d), (K, d)")
+    if not len(query) or not len(queue):
+        raise ValueError(f"query, queue have {len(query)} and {len(queue)} rows: give 1 or more")
     query, key, queue = (F.normalize(z.float(), dim=1) for z in (query, key.detach(), queue))
     p = (query * key).sum(dim=1) / temperature  # (B,)
     s = query @ queue.T / temperature  # (B, K)
@@ -101,7 +103,7 @@ class MomentumQueue(nn.Module):
         self.copy.train()
         order = torch.randperm(len(x), generator=generator, device=generator.device)
         shares = min(SHARES, len(x) // 2) or 1
-        z = torch.cat([self.copy(part) for part in x[order].chunk(shares)])
+        z = torch.cat([self.copy(part) for part in x[order].tensor_split(shares)])
         found = torch.empty_like(z)
         found[order] = z
         return F.normalize(found.float(), dim=1)

@@ -127,11 +127,14 @@ class Run:
         if self.encoder == "raw" and self.epochs > 0:
             raise ValueError(f"epochs={self.epochs}: encoder 'raw' has nothing to train, use 0")
         ContrastiveLoss(self.method, **self.loss_args())  # refuses what the loss would refuse
-        if self.anneal != "none" and self.epochs:
-            beta_in_epoch(self, 1)
         self._check_queue()
         for name, value in self._absent().items():
             object.__setattr__(self, name, value)
+        if self.anneal != "none" and self.epochs:
+            try:
+                beta_in_epoch(self, 1)
+            except ValueError as error:  # steps=…
+                raise ValueError(f"anneal_{error}") from None
 
     def _check_queue(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -154,10 +157,12 @@ class Run:
         absent = {name: off for name, off in _OFF.items() if name not in has}
         if "threshold" not in has:
             absent |= {"hardening": "exponential"}
-        if self.hardening == "threshold":
+        if absent.get("hardening", self.hardening) == "threshold":
             absent |= {"beta": 0.0, "detach_weights": False}
         if not absent.get("beta", self.beta):
-            absent |= {"anneal": "none"}
+            absent |= {"anneal": "none", "detach_weights": False}
+        if isinstance(weight := self._weight(), float) and "Q" in has:
+            absent |= {"Q": repr(weight).removesuffix(".0")}
         if "threshold" in absent or self.hardening == "exponential":
             absent |= {"threshold": 0.0}
         if absent.get("anneal", self.anneal) == "none":
@@ -431,6 +436,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     """The value as its field's type; an int will do for a float, nothing else is converted."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is float and isinstance(value, float):
+        value += 0.0  # -0.0 is 0.0, with one digest
     if kind in (str, int, float, bool):
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError(

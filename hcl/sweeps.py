@@ -99,6 +99,8 @@ def record(
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: must be 1 or more")
+    if not budget_s >= 0:
+        raise ValueError(f"budget_s={budget_s}: must be 0 seconds or more")
     stop = time.time() + budget_s
     args = {"store": store, "embeddings": embeddings, "compile": compile, "deadline": stop}
     with tqdm(total=len(wanted), desc="runs", disable=not progress, leave=False) as bar:

@@ -100,7 +100,8 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
     (the message says how to get it).
     """
     load = LOADERS.get(run.data, vision.load)
-    options = set(inspect.signature(load).parameters) - {"name", "root", "device", "seed"}
+    options = set(inspect.signature(load).parameters)
+    options -= {"name", "root", "device", "seed", "augmentation"}  # not a number or a word
     if unknown := set(run.data_args) - options:
         raise ValueError(
             f"data_args {sorted(unknown)}: {run.data!r} takes {', '.join(sorted(options))}"
@@ -115,6 +116,11 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
 
 def build_model(run: Run, data: Data) -> Model:
     """Freshly initialised encoder and head; the same seed gives the same weights."""
+    options = [name for name in inspect.signature(data.encoder).parameters if name != "name"]
+    if unknown := set(run.encoder_args) - set(options):
+        raise ValueError(
+            f"encoder_args {sorted(unknown)}: {run.data!r} takes {', '.join(options) or 'none'}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         try:
@@ -202,6 +208,8 @@ def _check_data(run: Run, data: Data) -> None:
             )
     if run.sides == "growing" and not hasattr(data, "grown"):
         raise ValueError(f"sides='growing': {run.data} has no pictures whose views could grow")
+    if run.sides == "growing" and run.encoder == "mlp":
+        raise ValueError("sides='growing': encoder 'mlp' reads views of one size only, use 'fixed'")
 
 
 def fit(
@@ -230,10 +238,11 @@ def fit(
     started = saved = time.perf_counter()
 
     def keep() -> None:
-        state = {**done, "seconds": done["seconds"] + time.perf_counter() - started}
+        seconds = done["seconds"] + time.perf_counter() - started
+        state = {**done, "seconds": seconds, "longest": longest}
         _checkpoint(run, checkpoint, state, *parts)
 
-    longest = 0.0
+    longest = done.pop("longest", 0.0)  # seconds of an epoch so far
     with tqdm(
         total=run.epochs * steps, initial=done["epoch"] * steps, disable=not progress,
         desc=f"{run.study}/{run.digest}", unit="step", leave=False,
@@ -379,8 +388,9 @@ def measure(
         "alignment": float(geometry.alignment(z1, z2)),
         "uniformity": float(geometry.uniformity(z)),
         "overlap": float(geometry.overlap(same, different, edges)),
-        "clamp_share": _clamp_share(run, z1, z2),
     }
+    if not (run.queue and run.tau_plus):  # the queue is not at hand
+        metrics["clamp_share"] = _clamp_share(run, z1, z2)
     if run.probe == "released":  # last: it moves the encoder's BatchNorm statistics
         metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
     kept = slice(0, min(embeddings, len(z)))
@@ -408,7 +418,8 @@ def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
         labels = data.y_train[rows]
         share = ordering.assumption_share(z1, z2, labels, **args)
         found.append({**ordering.four_losses(z1, z2, labels, **args), "assumption": share})
-    return row | {name: sum(f[name] for f in found) / len(found) for name in found[0]}
+    known = {name: [f[name] for f in found if not math.isnan(f[name])] for name in found[0]}
+    return row | {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def _accuracy(model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
@@ -426,10 +437,9 @@ def _embed(model: Model, inputs: Tensor) -> Tensor:
 
 def _clamp_share(run: Run, z1: Tensor, z2: Tensor) -> float:
     """Mean over test batches of the training's size; 0 where the loss has no clamp."""
-    if run.tau_plus == 0 or run.queue:
+    if run.tau_plus == 0:
         return 0.0
-    names = ("temperature", "beta", "tau_plus", "debias", "clamp")
-    args = {k: v for k, v in run.loss_args().items() if k in names}
+    args = {k: v for k, v in run.loss_args().items() if k != "detach_weights"}
     size = min(run.batch, len(z1))
     pairs = list(zip(z1.split(size), z2.split(size), strict=True))
     shares = [losses.clamp_share(a, b, **args) for a, b in pairs if len(a) == size]

@@ -23,7 +23,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, pad
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what PIL calls grey
 TRIES = 10  # boxes proposed per crop, as in torchvision's RandomResizedCrop
@@ -232,8 +232,11 @@ def smooth(x: Tensor, sigma: Tensor, chosen: Tensor) -> Tensor:
     """
     near = torch.exp(-0.5 / sigma**2)
     tap = torch.where(chosen, near / (1 + 2 * near), 0.0)[:, None, None, None]
-    x = pad(x, (1, 1, 1, 1), mode="reflect")
     for axis in 2, 3:
-        before, middle, after = (x.narrow(axis, at, x.shape[axis] - 2) for at in range(3))
-        x = (before + after).sub_(middle, alpha=2).mul_(tap).add_(middle)
+        along = x.movedim(axis, 0)
+        around = torch.empty_like(along)  # the sum of both neighbours
+        torch.add(along[:-2], along[2:], out=around[1:-1])
+        torch.mul(along[1], 2, out=around[0])
+        torch.mul(along[-2], 2, out=around[-1])
+        x = around.movedim(0, axis).sub_(x, alpha=2).mul_(tap).add_(x)
     return x

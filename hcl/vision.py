@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from hcl import initial
+from hcl import checks, initial
 from hcl.imagesets import SOURCES, DamagedDataError, data_root, download, read
 from hcl.views import Augmentation, augment
 
@@ -81,7 +81,18 @@ class Images:
         the others pass their input on; norm_momentum: of BatchNorm's running statistics.
         """
         channels, height, width = self.x_train.shape[1:]
-        net = encoder(name, channels=channels, pixels=height * width)
+        for option, value in (("whiten", whiten), ("dirac", dirac)):
+            checks.choice(option, value, (True, False))
+        view, read = (
+            (height, width) if side is None else (side, side)
+            for side in (self.augmentation.side, self.input_size)
+        )
+        if name == "mlp" and view != read:
+            raise ValueError(
+                f"encoder='mlp': reads pictures of one size, but views are {view} and inputs "
+                f"{read}; give view_size and input_size alike"
+            )
+        net = encoder(name, channels=channels, pixels=read[0] * read[1])
         initial.set_norm_momentum(net, norm_momentum)
         convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
         if (whiten or dirac) and not convs:

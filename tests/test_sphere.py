@@ -123,6 +123,20 @@ def test_views_do_not_depend_on_the_nuisance_of_the_row(data):
     torch.testing.assert_close(data.views(x, generator())[0], one)
 
 
+def test_a_mate_gives_the_second_view(data):
+    x, mate = data.x_train[:16], data.x_train[16:32]
+    first, second = data.views(x, generator(3))
+    own, other = data.views(x, generator(3), mate)
+    assert torch.equal(own, first)
+    assert (other - second).abs().amax(dim=1).min() > 0.01
+    assert torch.equal(data.views(x, generator(3), x)[1], second)
+    assert torch.equal(data.views(mate, generator(3), mate)[1], other)  # the same nuisances
+    plain = sphere.load(nuisances=0)
+    own, other = plain.views(plain.x_train[:16], generator(), plain.x_train[16:32])
+    torch.testing.assert_close(own, plain.inputs(plain.x_train[:16]))
+    torch.testing.assert_close(other, plain.inputs(plain.x_train[16:32]))
+
+
 def test_mlp_encodes_to_32_and_raw_is_the_identity(data):
     x = data.inputs(data.x_train[:16])
     mlp, raw = data.encoder("mlp"), data.encoder("raw")

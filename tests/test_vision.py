@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -581,3 +582,126 @@ def test_importing_vision_needs_neither_torchvision_nor_scikit_learn():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- mates, growing, other input sizes, options of encoders ---------------------------------------
+
+
+def test_a_mate_gives_the_second_view_and_nothing_else_changes():
+    data = load("digits", n_train=100)
+    x, mate = data.x_train[:8], data.x_train[8:16]
+    first, second = data.views(x, torch.Generator().manual_seed(0))
+    own, other = data.views(x, torch.Generator().manual_seed(0), mate)
+    assert torch.equal(own, first)
+    assert not torch.equal(other, second)
+    same = data.views(x, torch.Generator().manual_seed(0), x)
+    assert torch.equal(same[0], first)
+    assert torch.equal(same[1], second)
+    assert torch.equal(data.views(mate, torch.Generator().manual_seed(0))[1], other)
+    assert torch.equal(x, data.x_train[:8])  # neither is written to
+
+
+@pytest.mark.parametrize(
+    ("share", "side"), [(0.0, 24), (0.2, 26), (0.4, 28), (0.6, 30), (0.8, 32), (1.0, 32)]
+)
+def test_views_grow_from_three_quarters_of_their_side(share, side):
+    data = load("digits", n_train=20, size=32)
+    grown = data.grown(share)
+    first, second = grown.views(grown.x_train[:3], torch.Generator())
+    assert first.shape == second.shape == (3, 1, side, side)
+    assert grown.inputs(grown.x_test[:3]).shape == (3, 1, 32, 32)
+    assert grown.x_train is data.x_train
+    assert data.views(data.x_train[:3], torch.Generator())[0].shape == (3, 1, 32, 32)
+    assert replace(grown.augmentation, side=None) == data.augmentation
+    if side == 32:
+        same = data.views(data.x_train[:3], torch.Generator().manual_seed(1))
+        full = grown.views(data.x_train[:3], torch.Generator().manual_seed(1))
+        assert torch.equal(same[0], full[0])
+
+
+def test_views_that_have_a_side_of_their_own_grow_to_that():
+    data = load("digits", n_train=20, size=32, view_size=12)
+    sides = [data.grown(s).augmentation.side for s in (0.0, 0.4, 1.0)]
+    assert sides == [9, 10, 12]  # 10.5 is rounded to even
+    assert load("digits", n_train=20).grown(0.0).augmentation.side == 6
+    assert load("digits", n_train=20, view_size=1).grown(0.0).augmentation.side == 1
+
+
+@pytest.mark.parametrize("side", [5, 8, 20])
+def test_inputs_may_be_of_another_size(side):
+    data = load("digits", n_train=100, input_size=side)
+    x = data.inputs(data.x_test[:4])
+    assert x.shape == (4, 1, side, side)
+    assert data.views(data.x_train[:4], torch.Generator())[0].shape == (4, 1, 8, 8)
+    for picture, found in zip(data.x_test[:4], x, strict=True):
+        image = Image.fromarray(picture[0].numpy()).resize((side, side), Image.Resampling.BILINEAR)
+        wanted = (torch.from_numpy(np.array(image)).float() / 255 - data.mean) / data.std
+        assert (found - wanted).abs().max() < 1 / 255 / data.std.item()  # it rounds to 8 bits
+    plain = load("digits", n_train=100)
+    assert torch.equal(data.x_test, plain.x_test)
+    if side == 8:
+        torch.testing.assert_close(x, plain.inputs(plain.x_test[:4]))
+    with pytest.raises(ValueError, match="input_size=0"):
+        load("digits", input_size=0)
+
+
+def test_labelled_leaves_the_unlabelled_out(tmp_path, monkeypatch):
+    x, y = write_stl10(tmp_path, monkeypatch)
+    data = load("stl10", root=tmp_path, labelled=True)
+    assert torch.equal(data.x_train, torch.from_numpy(x["train"]))
+    assert data.y_train.tolist() == [int(label) - 1 for label in y["train"]]
+    assert torch.equal(data.x_probe, data.x_train)
+    assert torch.equal(data.x_test, torch.from_numpy(x["test"]))
+    np.testing.assert_allclose(data.mean.flatten(), (x["train"] / 255).mean((0, 2, 3)), atol=1e-6)
+    with pytest.raises(ValueError, match=r"n_train=7.*6"):
+        load("stl10", root=tmp_path, labelled=True, n_train=7)
+    everything, labelled = (load("digits", labelled=b) for b in (False, True))
+    assert torch.equal(everything.x_train, labelled.x_train)
+
+
+def test_an_encoder_may_start_as_asked_for():
+    data = load("digits", n_train=200, size=16)
+
+    def made(**options):
+        torch.manual_seed(0)
+        return data.encoder("small", **options)
+
+    plain = made()
+    convs = [m for m in plain.modules() if isinstance(m, nn.Conv2d)]
+    whitened = [m for m in made(whiten=True).modules() if isinstance(m, nn.Conv2d)]
+    dirac = [m for m in made(dirac=True).modules() if isinstance(m, nn.Conv2d)]
+    same = [torch.equal(a.weight, b.weight) for a, b in zip(convs, whitened, strict=True)]
+    assert same == [False, True, True, True]
+    same = [torch.equal(a.weight, b.weight) for a, b in zip(convs, dirac, strict=True)]
+    assert same == [True, False, False, False]
+    y = whitened[0](data.inputs(data.x_train)).detach()[:, :4, 1:-1, 1:-1]
+    off = torch.corrcoef(y.transpose(0, 1).flatten(1)) - torch.eye(4)
+    assert off.abs().max() < 0.01
+    x = torch.rand(2, 16, 8, 8)
+    assert torch.equal(dirac[1](x)[:, :16], x[:, :, ::2, ::2])
+    norms = [m for m in made(norm_momentum=0.4).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.momentum for m in norms] == [0.4] * 4
+    assert {m.momentum for m in plain.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+@pytest.mark.parametrize("name", ["mlp", "raw"])
+def test_whitening_and_dirac_filters_need_convolutions(name):
+    data = load("digits", n_train=100)
+    for option in ("whiten", "dirac"):
+        with pytest.raises(ValueError, match=f"{option}.*'{name}' has no convolutions"):
+            data.encoder(name, **{option: True})
+    with pytest.raises(ValueError, match=r"norm_momentum=1\.5"):
+        data.encoder(name, norm_momentum=1.5)
+
+
+@pytest.mark.parametrize("sides", [{"view_size": 6}, {"input_size": 6}])
+def test_a_layer_that_reads_pixels_needs_views_and_inputs_of_one_size(sides):
+    """Else the first step would fail, or the measuring, after all the training."""
+    with pytest.raises(ValueError, match=r"'mlp'.*view_size and input_size"):
+        load("digits", n_train=100, **sides).encoder("mlp")
+    load("digits", n_train=100, **sides).encoder("small")
+    both = load("digits", n_train=100, view_size=6, input_size=6)
+    view, _ = both.views(both.x_train[:4], torch.Generator())
+    for x in (view, both.inputs(both.x_test[:4])):
+        assert both.encoder("mlp")(x).shape == (4, 64)
+    assert both.encoder("raw").out_dim == 36
