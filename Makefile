@@ -28,8 +28,9 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target .peers --upgrade --requirement $<
 	touch $@
 
-bench: .peers/installed  ## what a training step and a loss cost, beside other libraries; half an hour
+bench: .peers/installed  ## what a training step, its parts and a loss cost, beside other libraries; forty minutes
 	$(BIN)/python benchmarks/step.py
+	PYTHONPATH=.peers $(BIN)/python benchmarks/train.py
 	PYTHONPATH=.peers $(BIN)/python benchmarks/loss.py
 
 lock:  ## resolve every version anew, with hashes and without addresses

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hcl import geometry, losses, ordering, probe, runs, sphere, vision
+from hcl import geometry, losses, memory, ordering, probe, runs, sphere, vision
 from hcl.atomic import whole_or_nothing
 from hcl.moco import MomentumQueue, queue_loss
 from hcl.muon import Muon
@@ -165,6 +165,7 @@ def train(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_data(run, where)
     _check_data(run, data)
+    memory.keep()
     model = build_model(run, data).to(where).to(memory_format=torch.channels_last)
     made = provenance(where)  # now: nothing that could fail is left for after the training
     checkpoint = runs.path_of(run, store=store).with_suffix(".checkpoint")
@@ -229,7 +230,7 @@ def fit(
     """
     x, device = data.x_train, data.x_train.device
     steps = len(x) // run.batch
-    optimizers, schedulers = _optimizers(run, model, steps, fused=device.type == "cuda")
+    optimizers, schedulers = optimizers_of(run, model, steps, fused=device.type == "cuda")
     objective = Objective(run, model, data, compile=compile)
     parts = (model, *optimizers, *schedulers, *objective.parts())
     done = _resume(run, checkpoint, *parts)
@@ -449,7 +450,7 @@ def _clamp_share(run: Run, z1: Tensor, z2: Tensor) -> float:
 MUON_LR = 20  # times the learning rate of Adam: 0.02 where that is 0.001
 
 
-def _optimizers(
+def optimizers_of(
     run: Run, model: Model, steps: int, *, fused: bool
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -3,14 +3,19 @@
 import importlib.util
 import json
 import math
+import platform
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch.nn.functional import pad
 
 import hcl.losses
+from hcl import views
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -252,3 +257,237 @@ def test_memory_is_that_of_the_call_alone(bench):
     assert 3 < found / (4 * n**2) < 15, len(large)  # a few matrices, and what is always needed
     with pytest.raises(RuntimeError, match="--weigh nobody/HCL"):
         bench.weigh_apart(bench.Contender("nobody", "HCL", None), n, arguments(bench))
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def training():
+    return load("train")
+
+
+def tiny(training, *more):
+    words = ["--size", "8", "--batch", "8", "--rounds", "2", "--no-compile", *map(str, more)]
+    return training.arguments(words)
+
+
+@pytest.fixture
+def random_pictures(training, tmp_path, monkeypatch):
+    monkeypatch.setenv("HCL_DATA", str(tmp_path))
+    return training.pictures(32, 8, CPU)
+
+
+def test_the_training_benchmark_writes_what_the_page_reads(training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HCL_DATA", str(tmp_path))
+    monkeypatch.setattr(training, "team", lambda threads, args, stack: lambda: sum(range(1000)))
+    path = tmp_path / "train.json"
+    training.main(["--size=8", "--batch=8", "--rounds=2", "--no-compile", f"--out={path}"])
+    made = json.loads(path.read_text(), parse_constant=refuse_constants)
+    assert made["setting"]["pictures"] == "random"
+    assert made["setting"]["loader_workers"] == 0
+    assert made["provenance"]["torch"] == str(torch.__version__)
+    assert "pillow" in made["versions"]
+    assert list(made["augmentation"]) == ["ours", "kornia", "PIL", "PIL without blur"]
+    assert list(made["step"]) == ["ours", training.LOADER, "ours, bfloat16"]
+    assert set(made["side_by_side"]) in (set(training.TEAMS), set())
+    for group in ("augmentation", "step", "side_by_side"):
+        for name, row in made[group].items():
+            check_training_row(row, made["fields"])
+            assert ("loader_ratio" in row) == ("shares" in row) == (group == "step")
+            assert name != "ours" or row["ratio"] == row["ratio_q1"] == row["ratio_q3"] == 1
+    assert made["step"][training.LOADER]["loader_ratio"] == 1
+    kornia = made["augmentation"]["kornia"]
+    assert ("skipped" in kornia) == (importlib.util.find_spec("kornia") is None)
+    assert ("kornia" in made["versions"]) == ("ratio" in kornia)
+    said = capsys.readouterr().out
+    assert all(name in said for group in ("augmentation", "step") for name in made[group])
+
+
+def check_training_row(row, fields):
+    if "skipped" in row:
+        assert row == {"skipped": "No module named 'kornia'"}
+        return
+    assert {name.removesuffix("_q1").removesuffix("_q3") for name in row} <= set(fields)
+    assert row["microseconds"] * row["images_per_second"] == pytest.approx(1e6)
+    assert 0 < row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
+    if "shares" in row:
+        assert list(row["shares"]) == ["augmentation", "forward", "loss", "backward", "optimiser"]
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert min(row["shares"].values()) > 0
+
+
+def test_a_library_that_is_missing_has_a_row_that_says_so(training, random_pictures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    rows = training.augmentation(random_pictures, tiny(training))
+    assert "kornia" in rows["kornia"]["skipped"]
+    assert "ratio" not in rows["kornia"]
+    assert rows["PIL"]["ratio"] > 0
+
+
+def test_any_other_error_is_raised(training):
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        training.compare({"ours": lambda: lambda: None, "theirs": lambda: broken}, 1, 1)
+
+
+def test_kornia_makes_views_of_the_same_law(training, tmp_path, monkeypatch):
+    """Mean and spread of many views of one picture, as ours have them; where it is installed."""
+    pytest.importorskip("kornia")
+    monkeypatch.setenv("HCL_DATA", str(tmp_path))
+    data = training.pictures(1, 32, CPU)
+    ramp = (
+        torch.linspace(0, 255, 32).expand(2000, 3, 32, 32)
+        * torch.tensor([1, 0.6, 0.2])[:, None, None]
+    )
+    torch.manual_seed(0)
+    theirs = training.kornia_views(data)(ramp.to(torch.uint8)) * data.std + data.mean
+    ours = views.augment(ramp / 255, views.SIMCLR, torch.Generator().manual_seed(0))
+    for describe in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3))):
+        assert describe(theirs).mean() == pytest.approx(describe(ours).mean().item(), abs=0.02)
+
+
+@pytest.mark.parametrize("blur", [True, False])
+def test_views_of_pil_pictures_differ_and_are_normalised(training, random_pictures, blur):
+    arrays = training.as_arrays(random_pictures.x_train)
+    assert np.array_equal(arrays[3], random_pictures.x_train[3].permute(1, 2, 0).numpy())
+    make = training.pil_views(random_pictures, blur=blur)
+    first, second = make(arrays), make(arrays)
+    assert first.shape == second.shape == (32, 3, 8, 8)
+    assert first.dtype == torch.float32
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    values = first * random_pictures.std + random_pictures.mean
+    assert values.min() > -1e-6
+    assert values.max() < 1 + 1e-6
+
+
+@pytest.mark.parametrize("feed", ["from_memory", "from_loader"])
+def test_a_feed_gives_two_views_of_the_same_pictures_for_ever(training, random_pictures, feed):
+    black = torch.arange(32) % 2 == 0  # and it stays black, as white never becomes it
+    random_pictures.x_train[black], random_pictures.x_train[~black] = 0, 255
+    stream = getattr(training, feed)(random_pictures, 8)
+    seen = []
+    for _ in range(6):  # longer than an epoch
+        pair = next(stream)
+        assert pair.shape == (16, 3, 8, 8)
+        lights = (pair * random_pictures.std + random_pictures.mean).amax((1, 2, 3))
+        assert torch.equal(lights[:8] < 0.1, lights[8:] < 0.1)
+        seen.append(lights[:8] < 0.1)
+    assert torch.cat(seen[:4]).sum() == 16  # an epoch has every picture once
+
+
+def test_a_step_in_parts_is_a_step(training, random_pictures):
+    step = training.Step(training.from_memory, random_pictures, tiny(training))
+    twin = training.Step(training.from_memory, random_pictures, tiny(training))
+    for _ in range(2):
+        step()
+        z1, z2 = twin.model(next(twin.views)).chunk(2)
+        twin.adam.zero_grad()
+        twin.loss(z1, z2).backward()
+        twin.adam.step()
+    for ours, plain in zip(step.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_a_step_is_marked_once_for_every_part(training, random_pictures, monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(training, "now", lambda: next(ticks))
+    step = training.Step(training.from_memory, random_pictures, tiny(training))
+    assert step.marks() == list(range(1 + len(training.PARTS)))
+
+
+def test_shares_and_ratios_by_hand(training):
+    class Marked:
+        turns = iter([[0, 1, 3, 6, 6.5, 8], [0, 2, 6, 12, 13, 16], [0, 1, 3, 6, 6.5, 8]])
+
+        def marks(self):
+            return next(self.turns)
+
+    found = training.shares(Marked(), 3)
+    assert list(found.values()) == pytest.approx([1 / 8, 2 / 8, 3 / 8, 0.5 / 8, 1.5 / 8])
+    times = pd.DataFrame({"ours": [1.0, 2.0, 4.0], training.LOADER: [2.0, 6.0, 4.0]})
+    rows = training.summary(times, 2)
+    theirs = rows[training.LOADER]
+    assert theirs["microseconds"] == 2e6  # half of 4 s
+    assert theirs["images_per_second"] == 0.5
+    assert [theirs[f"ratio{end}"] for end in ("_q1", "", "_q3")] == [1.5, 2, 2.5]
+    assert theirs["loader_ratio"] == 1
+    assert rows["ours"]["loader_ratio"] == 0.5
+
+
+def test_everybody_runs_once_in_a_round(training):
+    calls = []
+    entrants = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = training.race(entrants, 20, training.now)
+    assert times.shape == (20, 3)
+    assert (times >= 0).all(axis=None)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, 60, 3)]
+    assert {tuple(sorted(r)) for r in rounds} == {("a", "b", "c")}
+    assert len(set(rounds)) > 1
+
+
+def test_a_process_beside_this_one_makes_two_steps_and_ends_with_us(
+    training, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HCL_DATA", str(tmp_path))
+    started = []
+    popen = training.subprocess.Popen
+    monkeypatch.setattr(
+        training.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    with ExitStack() as stack:
+        two_steps = training.team((1,), tiny(training), stack)
+        two_steps()
+        assert started[0].poll() is None
+    assert started[0].returncode == 0
+    with pytest.raises(ValueError, match="closed"):
+        two_steps()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch", 1), "--batch 1"),
+        (("--size", 4), "--size 4"),
+        (("--rounds", 0), "--rounds 0"),
+        (("--encoder", "raw"), "invalid choice: 'raw'"),
+    ],
+)
+def test_impossible_training_is_refused(training, words, said, capsys):
+    with pytest.raises(SystemExit):
+        tiny(training, *words)
+    assert said in capsys.readouterr().err
+    assert training.arguments([]).out == FOLDER / "train.json"
+
+
+# Recorded runs depend on the views to the last bit: what makes them faster may not change them.
+
+
+def test_an_upright_view_is_the_view_turned_by_nothing():
+    g = torch.Generator().manual_seed(0)
+    for size, side in ((32, None), (8, None), (96, 32), (28, 7)):
+        x = torch.rand(64, 3, size, size, generator=g)
+        boxes = views.crop_boxes(torch.rand(22, 64, generator=g), size, size, views.SIMCLR)
+        mirrored = torch.rand(64, generator=g) < 0.5
+        turned = views.resample(x, boxes, mirrored, torch.zeros(64), side)
+        upright = views.resample(x, boxes, mirrored, None, side)
+        exact = platform.machine() == "x86_64"  # there, recorded runs were made
+        torch.testing.assert_close(upright, turned, rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 32, 32), (5, 1, 8, 8), (3, 3, 2, 5)])
+def test_blur_is_the_padded_formula_to_the_last_bit(shape):
+    g = torch.Generator().manual_seed(1)
+    x, sigma = torch.rand(shape, generator=g), 0.1 + 1.9 * torch.rand(shape[0], generator=g)
+    chosen = torch.rand(shape[0], generator=g) < 0.5
+    near = torch.exp(-0.5 / sigma**2)
+    tap = torch.where(chosen, near / (1 + 2 * near), 0.0)[:, None, None, None]
+    tall = pad(x, (0, 0, 1, 1), mode="reflect")
+    wanted = x + tap * (tall[:, :, :-2] + tall[:, :, 2:] - 2 * x)
+    wide = pad(wanted, (1, 1, 0, 0), mode="reflect")
+    wanted = wanted + tap * (wide[..., :-2] + wide[..., 2:] - 2 * wanted)
+    before = x.clone()
+    assert torch.equal(views.smooth(x, sigma, chosen), wanted)
+    assert torch.equal(x, before)
