@@ -289,7 +289,8 @@ def test_the_training_benchmark_writes_what_the_page_reads(training, tmp_path, m
     assert made["provenance"]["torch"] == str(torch.__version__)
     assert "pillow" in made["versions"]
     assert list(made["augmentation"]) == ["ours", "kornia", "PIL", "PIL without blur"]
-    assert list(made["step"]) == ["ours", training.LOADER, "ours, bfloat16"]
+    variants = [f"ours, {what}" for what in ("bfloat16", "Muon", "growing views")]
+    assert list(made["step"]) == ["ours", training.LOADER, *variants]
     assert set(made["side_by_side"]) in (set(training.TEAMS), set())
     for group in ("augmentation", "step", "side_by_side"):
         for name, row in made[group].items():

@@ -1,6 +1,5 @@
 """Kept memory changes the time of a step, not its result."""
 
-import resource
 import subprocess
 import sys
 
@@ -14,6 +13,8 @@ from hcl import memory
 torch.set_num_threads(1)
 kept = {keep} and memory.keep()
 x = torch.ones(1 << 22)  # 16 MB, returned to the kernel when freed
+for _ in range(5):
+    x = torch.relu(x + 1.0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     x = torch.relu(x + 1.0)
@@ -36,7 +37,7 @@ def test_a_process_that_keeps_its_memory_has_few_page_faults():
         pytest.skip("no glibc")
     _, usual, same = run(keep=False)
     assert value == same
-    assert faults * resource.getpagesize() < usual * resource.getpagesize() / 2
+    assert faults < usual / 10
 
 
 def test_elsewhere_nothing_is_asked(monkeypatch):
