@@ -108,10 +108,11 @@ def recorded(
     True
     """
     of_study = sweeps.load_study(project_root() / "book" / "profiles" / f"{study}.yml")
-    wanted = of_study
+    settings = [{**vars(run), **_spread(run)} for run in of_study]
+    kept = set(range(len(of_study)))
     for name, value in filters.items():
-        keep = _meet(of_study, name, value)
-        wanted = [run for run in wanted if run in keep]
+        kept &= _meet(settings, name, value)
+    wanted = [of_study[i] for i in sorted(kept)]
     found = []
     for run in wanted:
         try:
@@ -121,13 +122,13 @@ def recorded(
     return (frame(found) if found else _empty(of_study)), len(wanted)
 
 
-def _meet(wanted: Sequence[Run], name: str, value: object) -> list[Run]:
+def _meet(had: Sequence[Mapping[str, Any]], name: str, value: object) -> set[int]:
+    """Which of the Runs that have these settings meet a filter."""
     values = value if isinstance(value, list | tuple) else [value]
-    had = [{**vars(run), **_spread(run)} for run in wanted]
     if not any(name in of_run for of_run in had):
         known = ", ".join(dict.fromkeys(key for of_run in had for key in of_run))
         raise ValueError(f"{name}={value!r}: filter by one of {known}")
-    keep = [r for r, of_run in zip(wanted, had, strict=True) if of_run.get(name) in values]
+    keep = {i for i, of_run in enumerate(had) if of_run.get(name) in values}
     if not keep:
         has = ", ".join(dict.fromkeys(repr(of_run.get(name)) for of_run in had))
         raise ValueError(f"{name}={value!r}: the study file has {has}")
