@@ -50,8 +50,10 @@ class Run:
         queue, momentum: keys of a MoCo queue instead of the batch as negatives, 0 for none, and
             the momentum of the encoder that makes them; see :mod:`hcl.moco`.
         anneal, anneal_steps: "none", "paper" or "released", see :func:`hcl.losses.anneal_beta`.
-        protocol: "sound", or "released" to repeat the released image code: separate_views, its
-            linear probe, its annealing, and its pixel statistics for every set of pictures.
+        protocol: "sound", or "released" to repeat the released image code, whatever separate_views
+            and probe say: two passes, its linear probe, kNN votes at the loss's temperature, its
+            annealing, and its pixel statistics for every set of pictures. (Its two GPUs, each with
+            BatchNorm statistics of half a batch, are not repeated.)
         separate_views: encode the two views in two passes, each with BatchNorm statistics of its
             own, instead of one.
         epochs: 0 measures the untrained encoder. batch: anchors' images a step, 2 * batch views.

@@ -111,7 +111,12 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
         args = {"statistics": "released", **args}
         if run.data == "stl10":
             args = {"view_size": 32, **args}
-    return load(run.data, device=device, seed=run.seed, **args)
+    try:
+        return load(run.data, device=device, seed=run.seed, **args)
+    except ValueError as error:
+        if args == run.data_args:
+            raise
+        raise ValueError(f"protocol='released' on {run.data}: {error}") from error
 
 
 def build_model(run: Run, data: Data) -> Model:
@@ -381,7 +386,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The final metrics, and the test embeddings to keep with the Record."""
     generator = torch.Generator(data.x_test.device).manual_seed(run.seed)
-    metrics = _accuracy(model, data, linear=run.probe == "fast")
+    metrics = _accuracy(run, model, data, linear=run.probe == "fast")
     z1, z2 = (_embed(model, view) for view in data.views(data.x_test, generator))
     z = _embed(model, data.inputs(data.x_test))
     edges, same, different = geometry.similarity_histograms(z, data.y_test)
@@ -392,7 +397,7 @@ def measure(
     }
     if not (run.queue and run.tau_plus):  # the queue is not at hand
         metrics["clamp_share"] = _clamp_share(run, z1, z2)
-    if run.probe == "released":  # last: it moves the encoder's BatchNorm statistics
+    if run.probe == "released":
         metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
     kept = slice(0, min(embeddings, len(z)))
     labels = data.y_test[kept].cpu().numpy()
@@ -400,6 +405,7 @@ def measure(
     return metrics, arrays if embeddings else {}
 
 
+KNN_TEMPERATURE = 0.5  # one yardstick for all runs; the released code has that of the loss
 WATCHED = 4  # batches of training data whose losses are watched
 
 
@@ -408,7 +414,7 @@ def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
 
     Their hardness is the Run's, 1 where the method has none; encoder in eval mode.
     """
-    row = _accuracy(model, data)
+    row = _accuracy(run, model, data)
     if run.watch == "none":
         return row
     generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
@@ -423,10 +429,11 @@ def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
     return row | {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
-def _accuracy(model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
+def _accuracy(run: Run, model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
     train_h = probe.features(model.encoder, data.x_probe, data.inputs)
     test_h = probe.features(model.encoder, data.x_test, data.inputs)
-    found = {"knn": probe.knn(train_h, data.y_probe, test_h, data.y_test)}
+    votes = run.temperature if run.protocol == "released" else KNN_TEMPERATURE
+    found = {"knn": probe.knn(train_h, data.y_probe, test_h, data.y_test, temperature=votes)}
     if linear:
         found["linear"] = probe.linear_probe(train_h, data.y_probe, test_h, data.y_test)
     return found

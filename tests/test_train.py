@@ -186,3 +186,21 @@ def test_a_failure_after_training_does_not_lose_it(tiny, monkeypatch):
     monkeypatch.setattr("hcl.train.batches", None)  # a second time no batch is drawn
     assert outcome(train(run, progress=False)) == outcome(wanted)
     assert calls
+
+
+def test_the_released_protocol_votes_at_the_temperature_of_the_loss(tiny, tmp_path, monkeypatch):
+    from hcl import probe
+
+    seen = []
+    vote = probe.knn
+    monkeypatch.setattr(probe, "knn", lambda *f, temperature: seen.append(temperature) or vote(*f))
+    monkeypatch.setattr(probe, "linear_probe_released", lambda *a, **k: 0.5)
+    for protocol in ("sound", "released"):
+        train(tiny(temperature=0.2, protocol=protocol, epochs=1), store=tmp_path, progress=False)
+    assert seen == [0.5, 0.2]
+
+
+def test_the_released_protocol_is_named_where_the_pictures_are_grey():
+    run = Run(data="digits", encoder="mlp", epochs=1, protocol="released")
+    with pytest.raises(ValueError, match="protocol='released' on digits"):
+        load_data(run)
