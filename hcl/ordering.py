@@ -12,8 +12,8 @@ SCL      views of other labels, alike
 H-SCL    views of other labels, tilted by :math:`e^{\beta s}`
 =======  ===================================================================
 
-H-SCL <= H-UCL holds for an anchor whose negatives of its own label have the larger tilted mean of
-:math:`e^s`: the mean over all negatives is then a mixture of a larger and a smaller one.
+H-SCL <= H-UCL holds for an anchor if and only if its negatives of its own label have the larger
+tilted mean of :math:`e^s`: the mean over all negatives is then a mixture of a larger and a smaller one.
 """
 
 import math
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hcl import checks, losses
+from hcl.negatives import DEFAULTS
 
 
 @torch.no_grad()
@@ -31,7 +32,8 @@ def four_losses(
 ) -> dict[str, float]:
     """UCL, H-UCL, SCL and H-SCL of one batch, without debiasing and clamp, Q = 2B - 2.
 
-    z1, z2: (B, d), row i of one the positive of row i of the other; labels: (B,) integers. Keys:
+    z1, z2: (B, d), row i of one the positive of row i of the other; labels: (B,) integers, an
+    image of -1 a class of its own. Keys:
     ucl, h_ucl, scl, h_scl. Anchors whose label all images share have no negatives and count 0 in
     the last two.
 
@@ -44,8 +46,7 @@ def four_losses(
     >>> {name: round(value, 3) for name, value in four_losses(z, z, labels).items()}
     {'ucl': 0.594, 'h_ucl': 0.594, 'scl': 0.594, 'h_scl': 0.594}
     """
-    checks.check_labels(labels, z1)
-    both = labels.repeat(2)
+    both = _labels(z1, z2, labels, temperature, beta)
     Q = 2 * len(z1) - 2
 
     def supervised(tilt: float) -> float:
@@ -65,6 +66,15 @@ def four_losses(
     }
 
 
+def _labels(z1: Tensor, z2: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
+    """Labels (2B,) of both views, an unlabelled image a class of its own; refuses what is wrong."""
+    checks.tilt(beta)
+    checks.batch(z1, z2, temperature, labels, "negative", DEFAULTS)
+    checks.enough(len(z1), None, DEFAULTS)
+    own = -1 - torch.arange(len(labels), device=labels.device)
+    return torch.where(labels < 0, own, labels).repeat(2)
+
+
 @torch.no_grad()
 def tilted_means(
     z1: Tensor, z2: Tensor, labels: Tensor, *, temperature: float = 0.5, beta: float = 1.0
@@ -80,10 +90,9 @@ def tilted_means(
     Source: Jiang et al. 2022 (H-SCL), Assumption 1 as recalled, unverified: the first is at least
     the second for every anchor.
     """
-    losses.negative_weights(z1[:2], z2[:2], temperature=temperature, beta=beta)  # refuses
-    checks.check_labels(labels, z1)
+    both = _labels(z1, z2, labels, temperature, beta)
     z = F.normalize(torch.cat([z1, z2]).double(), dim=1)
-    both, image = labels.repeat(2), torch.arange(len(z1), device=z.device).repeat(2)
+    image = torch.arange(len(z1), device=z.device).repeat(2)
     s = z @ z.T / temperature
     same = both[:, None] == both
     negative = image[:, None] != image
