@@ -13,7 +13,8 @@ H-SCL    views of other labels, tilted by :math:`e^{\beta s}`
 =======  ===================================================================
 
 H-SCL <= H-UCL holds for an anchor if and only if its negatives of its own label have the larger
-tilted mean of :math:`e^s`: the mean over all negatives is then a mixture of a larger and a smaller one.
+tilted mean of :math:`e^s`: the mean over all negatives is then a mixture of a larger and a smaller
+one.
 """
 
 import math
