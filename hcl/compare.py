@@ -201,7 +201,7 @@ def paired(
     if "code" in df and "code" not in by:
         base_columns["code"] = "base code"
     base = df[is_base].set_index(match)[list(base_columns)].rename(columns=base_columns)
-    both = df[~is_base].join(base, on=match, how="inner")
+    both = df[~is_base].join(base, on=match, how="inner").reset_index(drop=True)
     both["difference"] = both[metric] - both["base"]
     if "base code" in both:
         across = both["code"].fillna(UNKNOWN) != both["base code"].fillna(UNKNOWN)

@@ -328,3 +328,10 @@ def test_recorded_of_another_store(study, tmp_path):
     save(record_of(study[0]), store=tmp_path / "elsewhere")
     assert len(recorded("lab", store=tmp_path / "elsewhere")[0]) == 1
     assert len(recorded("lab")[0]) == 0
+
+
+def test_a_baseline_that_stands_alone_has_no_differences():
+    df = pd.DataFrame({"label": ["a", "a"], "seed": [0, 1], "knn": [0.5, 0.7]})
+    table = compare.paired(df, "knn", baseline={"label": "a"}, by=["label"])
+    assert len(table) == 0
+    assert {"label", "difference", "se", "n"} <= set(table.columns)
