@@ -17,7 +17,7 @@ from hcl import project_root
 SCIENCE = (  # what a result depends on
     "losses", "annealing", "debiasing", "negatives", "units", "checks", "rowstats", "tiles",
     "kernels", "distributed", "moco", "ordering", "initial", "muon",
-    "sphere", "imagesets", "views", "vision", "train", "probe", "geometry",
+    "sphere", "imagesets", "views", "vision", "train", "objective", "measure", "probe", "geometry",
 )  # fmt: skip
 
 

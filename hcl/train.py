@@ -10,21 +10,22 @@ import inspect
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from hcl import geometry, losses, memory, ordering, probe, runs, sphere, vision
+from hcl import losses, memory, runs, sphere, vision
 from hcl.atomic import whole_or_nothing
-from hcl.moco import MomentumQueue, queue_loss
+from hcl.measure import measure, watched
 from hcl.muon import Muon
+from hcl.objective import Mates as Mates
+from hcl.objective import Objective, batches
 from hcl.provenance import code_fingerprint, provenance
-from hcl.runs import Record, Run, beta_in_epoch
+from hcl.runs import Record, Run
 
 LOADERS: dict[str, Callable[..., Any]] = {"sphere": sphere.load}  # other names: hcl.vision's
 
@@ -288,170 +289,6 @@ def fit(
                 keep()
                 saved = time.perf_counter()
     return done["seconds"] + time.perf_counter() - started, done["history"], done["loss"]
-
-
-class Objective:
-    """The loss of a batch of rows as a Run says: views, mates, queue, one pass or two."""
-
-    def __init__(self, run: Run, model: Model, data: Data, *, compile: bool = False):
-        self.run, self.model, self.data = run, model, data
-        device = data.x_train.device
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        self.forward = torch.compile(model, mode=mode) if compile else model
-        self.loss = losses.ContrastiveLoss(run.method, **run.loss_args())
-        self.mates = Mates(data.y_train) if run.positives == "class" else None
-        self.keys = None
-        if run.queue:
-            keys = MomentumQueue(model, size=run.queue, dim=run.out_dim, momentum=run.momentum)
-            self.keys = keys.to(device)
-
-    def parts(self) -> list[nn.Module]:
-        """What a checkpoint must hold beside the model."""
-        return [self.keys] if self.keys else []
-
-    def begin(self, epoch: int) -> None:
-        """Set what changes from epoch to epoch."""
-        self.epoch, self.loss.beta = epoch, beta_in_epoch(self.run, epoch)
-        self.view_data = self.data
-        if self.run.sides == "growing":
-            self.view_data = self.data.grown((epoch - 1) / self.run.epochs)  # type: ignore[attr-defined]
-
-    def __call__(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Scalar loss of the samples ``rows`` (B,) of the training data."""
-        x = self.data.x_train
-        if self.mates is None:
-            v1, v2 = self.view_data.views(x[rows], generator)
-        else:
-            v1, v2 = self.view_data.views(x[rows], generator, x[self.mates(rows, generator)])
-        with torch.autocast(x.device.type, torch.bfloat16, self.run.precision == "bfloat16"):
-            if self.keys:
-                z1, z2 = self.forward(v1), self.keys.keys(v2, generator)
-            elif self.run.separate_views:
-                z1, z2 = self.forward(v1), self.forward(v2)
-            else:
-                z1, z2 = self.forward(torch.cat([v1, v2])).chunk(2)  # (B, out_dim) each
-        try:
-            if self.keys:
-                return self._queued(z1, z2)
-            found: Tensor = self.loss(z1, z2, self.data.y_train[rows])
-            return found
-        except ValueError as error:  # what the losses say of embeddings that are not finite
-            raise FloatingPointError(
-                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
-            ) from error
-
-    def _queued(self, query: Tensor, key: Tensor) -> Tensor:
-        assert self.keys is not None
-        args = {"temperature": self.run.temperature, "tau_plus": self.run.tau_plus}
-        loss = queue_loss(query, key, self.keys.queue.clone(), beta=self.loss.beta, **args)
-        self.keys.push(key)
-        return loss
-
-    def after_step(self) -> None:
-        """Let the queue's encoder follow."""
-        if self.keys:
-            self.keys.follow(self.model)
-
-
-class Mates:
-    """For each row a random row of the same label, itself included.
-
-    labels: (n,) integers. Source: Robinson et al. 2021, the released code's true positives.
-
-    >>> Mates(torch.tensor([5, 7, 5]))(torch.tensor([1]), torch.Generator())
-    tensor([1])
-    """
-
-    def __init__(self, labels: Tensor):
-        _, group, self.count = labels.unique(return_inverse=True, return_counts=True)
-        self.group, self.order = group, group.argsort(stable=True)
-        self.start = self.count.cumsum(0) - self.count
-
-    def __call__(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows (B,) of the mates of ``rows`` (B,)."""
-        group = self.group[rows]
-        share = torch.rand(len(rows), generator=generator, device=generator.device)
-        place = (share * self.count[group]).long().clamp(max=self.count[group] - 1)
-        return self.order[self.start[group] + place]
-
-
-def batches(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row indices of an epoch's shuffled batches; the last incomplete one is dropped."""
-    order = torch.randperm(n, generator=generator, device=generator.device)
-    yield from order[: n // batch * batch].split(batch)
-
-
-def measure(
-    run: Run, model: Model, data: Data, embeddings: int = 0
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """The final metrics, and the test embeddings to keep with the Record."""
-    generator = torch.Generator(data.x_test.device).manual_seed(run.seed)
-    metrics = _accuracy(run, model, data, linear=run.probe == "fast")
-    z1, z2 = (_embed(model, view) for view in data.views(data.x_test, generator))
-    z = _embed(model, data.inputs(data.x_test))
-    edges, same, different = geometry.similarity_histograms(z, data.y_test)
-    metrics |= {
-        "alignment": float(geometry.alignment(z1, z2)),
-        "uniformity": float(geometry.uniformity(z)),
-        "overlap": float(geometry.overlap(same, different, edges)),
-    }
-    if not (run.queue and run.tau_plus):  # the queue is not at hand
-        metrics["clamp_share"] = _clamp_share(run, z1, z2)
-    if run.probe == "released":
-        metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
-    kept = slice(0, min(embeddings, len(z)))
-    labels = data.y_test[kept].cpu().numpy()
-    arrays = {"z": z[kept].half().cpu().numpy(), "labels": labels, "of": len(z)}
-    return metrics, arrays if embeddings else {}
-
-
-KNN_TEMPERATURE = 0.5  # one yardstick for all runs; the released code has that of the loss
-WATCHED = 4  # batches of training data whose losses are watched
-
-
-def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
-    """A row of the history: kNN accuracy and, if the Run says so, losses of the same few batches.
-
-    Their hardness is the Run's, 1 where the method has none; encoder in eval mode.
-    """
-    row = _accuracy(run, model, data)
-    if run.watch == "none":
-        return row
-    generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
-    args = {"temperature": run.temperature, "beta": run.beta or 1.0}
-    found = []
-    for rows in list(batches(len(data.x_train), run.batch, generator))[:WATCHED]:
-        z1, z2 = (_embed(model, view) for view in data.views(data.x_train[rows], generator))
-        labels = data.y_train[rows]
-        share = ordering.assumption_share(z1, z2, labels, **args)
-        found.append({**ordering.four_losses(z1, z2, labels, **args), "assumption": share})
-    known = {name: [f[name] for f in found if not math.isnan(f[name])] for name in found[0]}
-    return row | {name: sum(values) / len(values) for name, values in known.items() if values}
-
-
-def _accuracy(run: Run, model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
-    train_h = probe.features(model.encoder, data.x_probe, data.inputs)
-    test_h = probe.features(model.encoder, data.x_test, data.inputs)
-    votes = run.temperature if run.protocol == "released" else KNN_TEMPERATURE
-    found = {"knn": probe.knn(train_h, data.y_probe, test_h, data.y_test, temperature=votes)}
-    if linear:
-        found["linear"] = probe.linear_probe(train_h, data.y_probe, test_h, data.y_test)
-    return found
-
-
-def _embed(model: Model, inputs: Tensor) -> Tensor:
-    return F.normalize(probe.features(model, inputs, lambda x: x), dim=1)
-
-
-def _clamp_share(run: Run, z1: Tensor, z2: Tensor) -> float:
-    """Mean over test batches of the training's size; 0 where the loss has no clamp."""
-    if run.tau_plus == 0:
-        return 0.0
-    args = {k: v for k, v in run.loss_args().items() if k != "detach_weights"}
-    size = min(run.batch, len(z1))
-    pairs = list(zip(z1.split(size), z2.split(size), strict=True))
-    shares = [losses.clamp_share(a, b, **args) for a, b in pairs if len(a) == size]
-    return sum(shares) / len(shares)
 
 
 MUON_LR = 20  # times the learning rate of Adam: 0.02 where that is 0.001

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hcl import runs
-from hcl.runs import Run
-from hcl.train import Model, batches, beta_in_epoch, build_model, load_data, projection_head, train
+from hcl.runs import Run, beta_in_epoch
+from hcl.train import Model, batches, build_model, load_data, projection_head, train
 
 
 def outcome(record):

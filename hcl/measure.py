@@ -1,0 +1,89 @@
+"""What is measured of a model: at the end of a Run, and while it trains."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hcl import geometry, losses, ordering, probe
+from hcl.objective import batches
+from hcl.runs import Run
+
+if TYPE_CHECKING:
+    from hcl.train import Data, Model
+
+KNN_TEMPERATURE = 0.5  # one yardstick for all runs; the released code has that of the loss
+WATCHED = 4  # batches of training data whose losses are watched
+
+
+def measure(
+    run: Run, model: Model, data: Data, embeddings: int = 0
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The final metrics, and the test embeddings to keep with the Record."""
+    generator = torch.Generator(data.x_test.device).manual_seed(run.seed)
+    metrics = _accuracy(run, model, data, linear=run.probe == "fast")
+    z1, z2 = (_embed(model, view) for view in data.views(data.x_test, generator))
+    z = _embed(model, data.inputs(data.x_test))
+    edges, same, different = geometry.similarity_histograms(z, data.y_test)
+    metrics |= {
+        "alignment": float(geometry.alignment(z1, z2)),
+        "uniformity": float(geometry.uniformity(z)),
+        "overlap": float(geometry.overlap(same, different, edges)),
+    }
+    if not (run.queue and run.tau_plus):  # the queue is not at hand
+        metrics["clamp_share"] = _clamp_share(run, z1, z2)
+    if run.probe == "released":
+        metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
+    kept = slice(0, min(embeddings, len(z)))
+    labels = data.y_test[kept].cpu().numpy()
+    arrays = {"z": z[kept].half().cpu().numpy(), "labels": labels, "of": len(z)}
+    return metrics, arrays if embeddings else {}
+
+
+def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
+    """A row of the history: kNN accuracy and, if the Run says so, losses of the same few batches.
+
+    Their hardness is the Run's, 1 where the method has none; encoder in eval mode.
+    """
+    row = _accuracy(run, model, data)
+    if run.watch == "none":
+        return row
+    generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
+    args = {"temperature": run.temperature, "beta": run.beta or 1.0}
+    found = []
+    for rows in list(batches(len(data.x_train), run.batch, generator))[:WATCHED]:
+        z1, z2 = (_embed(model, view) for view in data.views(data.x_train[rows], generator))
+        labels = data.y_train[rows]
+        share = ordering.assumption_share(z1, z2, labels, **args)
+        found.append({**ordering.four_losses(z1, z2, labels, **args), "assumption": share})
+    known = {name: [f[name] for f in found if not math.isnan(f[name])] for name in found[0]}
+    return row | {name: sum(values) / len(values) for name, values in known.items() if values}
+
+
+def _accuracy(run: Run, model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
+    train_h = probe.features(model.encoder, data.x_probe, data.inputs)
+    test_h = probe.features(model.encoder, data.x_test, data.inputs)
+    votes = run.temperature if run.protocol == "released" else KNN_TEMPERATURE
+    found = {"knn": probe.knn(train_h, data.y_probe, test_h, data.y_test, temperature=votes)}
+    if linear:
+        found["linear"] = probe.linear_probe(train_h, data.y_probe, test_h, data.y_test)
+    return found
+
+
+def _embed(model: Model, inputs: Tensor) -> Tensor:
+    return F.normalize(probe.features(model, inputs, lambda x: x), dim=1)
+
+
+def _clamp_share(run: Run, z1: Tensor, z2: Tensor) -> float:
+    """Mean over test batches of the training's size; 0 where the loss has no clamp."""
+    if run.tau_plus == 0:
+        return 0.0
+    args = {k: v for k, v in run.loss_args().items() if k != "detach_weights"}
+    size = min(run.batch, len(z1))
+    pairs = list(zip(z1.split(size), z2.split(size), strict=True))
+    shares = [losses.clamp_share(a, b, **args) for a, b in pairs if len(a) == size]
+    return sum(shares) / len(shares)
