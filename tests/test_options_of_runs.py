@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hcl import losses, ordering, probe, project_root, runs, sphere, vision
+from hcl import measure as measuring
 from hcl import train as trainer
 from hcl.runs import Run
 from hcl.train import Mates, Model, Objective, build_model, load_data, train
@@ -516,7 +517,7 @@ def test_the_share_of_clamped_anchors_is_that_of_the_trained_loss(tiny, changes)
     z1 = nn.functional.normalize(torch.randn(64, 8, generator=generator()), dim=1)
     z2 = nn.functional.normalize(z1 + 0.2 * torch.randn(64, 8, generator=generator(1)), dim=1)
     run = tiny(**{"tau_plus": 0.3, "beta": 0.0, **changes})
-    share = trainer._clamp_share(run, z1, z2)
+    share = measuring._clamp_share(run, z1, z2)
     assert share == pytest.approx(clamped_by_hand(run, z1, z2))
     assert 0 < share < 1
 
