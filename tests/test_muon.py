@@ -186,7 +186,7 @@ def test_matrices_and_filters_are_muons_and_the_rest_is_adams(tiny):
         optimizer="muon", data="digits", data_args={"n_train": 64}, encoder="small", lr=0.002
     )
     model = train.build_model(run, train.load_data(run))
-    (muon, adam), schedulers = train._optimizers(run, model, 2, fused=False)
+    (muon, adam), schedulers = train.optimizers_of(run, model, 2, fused=False)
     assert len(schedulers) == 2
     ours, theirs = ([p for g in o.param_groups for p in g["params"]] for o in (muon, adam))
     assert {p.ndim for p in ours} == {2, 4}
