@@ -16,7 +16,7 @@ x = torch.ones(1 << 24)  # 64 MB: above 32, glibc always returns it to the kerne
 for _ in range(5):
     x = torch.relu(x + 1.0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+for _ in range(12):
     x = torch.relu(x + 1.0)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, x[0].item())
 """
@@ -37,7 +37,7 @@ def test_a_process_that_keeps_its_memory_has_few_page_faults():
         pytest.skip("no glibc")
     _, usual, same = run(keep=False)
     assert value == same
-    assert faults < usual / 5
+    assert faults < usual / 2
 
 
 def test_elsewhere_nothing_is_asked(monkeypatch):
