@@ -1,8 +1,7 @@
 """Memory that a training process keeps instead of handing it back to the kernel at every step.
 
 glibc returns large blocks at once. A step on a CPU makes and frees activations of many megabytes,
-so each step pays anew for the kernel to clear and map them: a fifth of the time of a step of the
-small encoder on 32 x 32 pictures (benchmarks/train.py measures with the memory kept).
+so each step pays anew for the kernel to clear and map them.
 """
 
 import ctypes
