@@ -260,17 +260,31 @@ def best_over(
 def percent(table: pd.DataFrame, *, digits: int = 1) -> pd.DataFrame:
     """A :func:`summary` or :func:`paired` table for reading: "71.2 ± 3.8" and "+6.4 ± 0.8" in %.
 
-    Pairs that join two versions of the code are marked; an :func:`interval` is shown beside.
+    Pairs that join two versions of the code are marked; an :func:`interval` is shown beside. One
+    seed alone has neither spread nor interval.
     """
     out = table.copy()
     if "mean" in out:
-        out["mean ± sd"] = [f"{100 * m:.{digits}f} ± {100 * s:.{digits}f}" for m, s in zip(out.pop("mean"), out.pop("std"), strict=True)]  # noqa: E501 # fmt: skip
+        spread = zip(out.pop("mean"), out.pop("std"), strict=True)
+        out["mean ± sd"] = [_with_spread(m, s, f".{digits}f") for m, s in spread]
         return out.rename(columns={"count": "seeds"})
     marks = map(_across, out.pop("mixed")) if "mixed" in out else [""] * len(out)
-    out["difference ± se"] = [f"{100 * d:+.{digits}f} ± {100 * s:.{digits}f}{mark}" for d, s, mark in zip(out.pop("difference"), out.pop("se"), marks, strict=True)]  # noqa: E501 # fmt: skip
+    spread = zip(out.pop("difference"), out.pop("se"), marks, strict=True)
+    out["difference ± se"] = [_with_spread(d, s, f"+.{digits}f") + mark for d, s, mark in spread]
     if "low" in out:
-        out["95 % interval"] = [f"{100 * a:+.{digits}f} to {100 * b:+.{digits}f}" for a, b in zip(out.pop("low"), out.pop("high"), strict=True)]  # noqa: E501 # fmt: skip
+        ends = zip(out.pop("low"), out.pop("high"), strict=True)
+        out["95 % interval"] = [
+            "" if math.isnan(a) else f"{100 * a:+.{digits}f} to {100 * b:+.{digits}f}"
+            for a, b in ends
+        ]
     return out.rename(columns={"n": "seeds"})
+
+
+def _with_spread(value: float, spread: float, form: str) -> str:
+    """A share and its spread in percent; one seed alone has no spread."""
+    return f"{100 * value:{form}}" + (
+        "" if math.isnan(spread) else f" ± {100 * spread:{form.removeprefix('+')}}"
+    )
 
 
 def _across(pairs: float) -> str:

@@ -26,11 +26,25 @@ class Page:
         into: variables of an earlier run to go on with; the two first cells are then left out.
         Hands back all variables.
         """
+        return self.show(*names, into=into, **given)[0]
+
+    def show(
+        self, *names: str, into: Variables | None = None, **given: object
+    ) -> tuple[Variables, dict[str, object]]:
+        """As run; hands back also what each cell showed, the value of its last line (or None)."""
         variables = self._start(given) if into is None else into
+        shown = {}
         for name in names:
-            exec(compile(self.code[name], f"{self.name}:{name}", "exec"), variables)
+            tree = ast.parse(self.code[name])
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            where = f"{self.name}:{name}"
+            exec(compile(tree, where, "exec"), variables)
+            value = None
+            if last is not None:
+                value = eval(compile(ast.Expression(last.value), where, "eval"), variables)
+            shown[name] = getattr(value, "data", value)  # the text of a Markdown
         plt.close("all")
-        return variables
+        return variables, shown
 
     def define(self, *names: str, **given: object) -> Variables:
         """As run, but of the named cells the functions, classes and CONSTANTS alone."""

@@ -335,3 +335,13 @@ def test_a_baseline_that_stands_alone_has_no_differences():
     table = compare.paired(df, "knn", baseline={"label": "a"}, by=["label"])
     assert len(table) == 0
     assert {"label", "difference", "se", "n"} <= set(table.columns)
+
+
+def test_one_seed_is_shown_without_spread_and_interval():
+    pairs = pd.DataFrame({"difference": [0.02, 0.03], "se": [math.nan, 0.01], "n": [1, 3],
+                          "low": [math.nan, 0.01], "high": [math.nan, 0.05]})  # fmt: skip
+    shown = percent(pairs)
+    assert list(shown["difference ± se"]) == ["+2.0", "+3.0 ± 1.0"]
+    assert list(shown["95 % interval"]) == ["", "+1.0 to +5.0"]
+    means = percent(pd.DataFrame({"mean": [0.512], "std": [math.nan], "count": [1]}), digits=0)
+    assert list(means["mean ± sd"]) == ["51"]

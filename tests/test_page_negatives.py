@@ -253,7 +253,7 @@ def test_sentences_say_what_the_frame_has():
     assert best["t of SimCLR"].to_dict() == {30: "0.2", 510: "0.2"}
     assert best.loc[30, "difference ± se"] == "+1.0 ± 0.0"  # 0.54 against 0.53, each seed
     single = page["at_best"](df[df["seed"] == 0], "knn").set_index("N")
-    assert single.loc[30, ["difference ± se", "95 % interval"]].tolist() == ["+1.0, one seed", ""]
+    assert single.loc[30, ["difference ± se", "95 % interval"]].tolist() == ["+1.0", ""]
     alone = page["verdict"](df[df["seed"] == 0], "knn")
     assert "of 4 losses (4 with one seed), 0 are lower and 0 higher" in alone[0]
     assert "one seed: no standard error" in alone[-1]
