@@ -258,7 +258,7 @@ def test_sentences_say_what_the_frame_has():
     assert "of 4 losses (4 with one seed), 0 are lower and 0 higher" in alone[0]
     assert "one seed: no standard error" in alone[-1]
     table = page["spread"](page["gains"](df[df["seed"] == 0], "knn"), ["temperature"])
-    assert table.loc[0.5, 30] == "+4.0, one seed"
+    assert table.loc[0.5, 30] == "+4.0"
 
 
 def test_one_drop_minus_another():
