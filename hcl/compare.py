@@ -14,14 +14,16 @@ from typing import Any
 import pandas as pd
 
 from hcl import project_root, runs, sweeps
-from hcl.losses import ARGUMENTS
-from hcl.runs import Record, Run
+from hcl.runs import ARGUMENTS, Record, Run
 
 LABELS = {
     "nt_xent": "SimCLR", "debiased": "Debiased", "hard": "HCL", "decoupled": "DCL", "scl": "SCL",
-    "hard_scl": "H-SCL", "supcon": "SupCon", "schane": "SCHaNe",
+    "hard_scl": "H-SCL", "supcon": "SupCon", "schane": "SCHaNe", "infograph": "InfoGraph",
 }  # fmt: skip
-METRICS = ("loss", "knn", "linear", "alignment", "uniformity", "overlap", "clamp_share")
+METRICS = (
+    "loss", "knn", "linear", "svc", "svc_sd", "svc_scaled", "svc_scaled_sd", "alignment",
+    "uniformity", "overlap", "clamp_share",
+)  # fmt: skip
 COST = ("seconds", "images_per_second", "peak_memory_bytes")
 UNKNOWN = "unknown"
 
@@ -151,7 +153,8 @@ def label(record: Record) -> str:
     name = LABELS[run.method]
     if run.hardening == "threshold":
         return f"{name} cos≥{run.threshold:g}"
-    return f"{name} β={run.beta:g}" if "beta" in ARGUMENTS[run.method] else name
+    easy = " easy" if run.sign == "easy" else ""
+    return f"{name} β={run.beta:g}{easy}" if "beta" in ARGUMENTS[run.method] else name
 
 
 def summary(df: pd.DataFrame, metric: str, *, by: Sequence[str]) -> pd.DataFrame:
@@ -269,8 +272,8 @@ def percent(table: pd.DataFrame, *, digits: int = 1) -> pd.DataFrame:
         out["mean ± sd"] = [_with_spread(m, s, f".{digits}f") for m, s in spread]
         return out.rename(columns={"count": "seeds"})
     marks = map(_across, out.pop("mixed")) if "mixed" in out else [""] * len(out)
-    spread = zip(out.pop("difference"), out.pop("se"), marks, strict=True)
-    out["difference ± se"] = [_with_spread(d, s, f"+.{digits}f") + mark for d, s, mark in spread]
+    pairs = zip(out.pop("difference"), out.pop("se"), marks, strict=True)
+    out["difference ± se"] = [_with_spread(d, s, f"+.{digits}f") + mark for d, s, mark in pairs]
     if "low" in out:
         ends = zip(out.pop("low"), out.pop("high"), strict=True)
         out["95 % interval"] = [

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hcl import geometry, losses, ordering, probe
-from hcl.objective import batches
-from hcl.runs import Run
+from hcl import collapse, crossval, geometry, losses, ordering, probe
+from hcl.graphs import Graphs, Heads
+from hcl.objective import Objective, batches, placed
+from hcl.runs import INFOGRAPH, Run
 
 if TYPE_CHECKING:
     from hcl.train import Data, Model
 
 KNN_TEMPERATURE = 0.5  # one yardstick for all runs; the released code has that of the loss
+SVC = {"svc": False, "svc_scaled": True}  # metric: is each fit standardised
 WATCHED = 4  # batches of training data whose losses are watched
 
 
@@ -34,9 +36,11 @@ def measure(
         "uniformity": float(geometry.uniformity(z)),
         "overlap": float(geometry.overlap(same, different, edges)),
     }
-    if not (run.queue and run.tau_plus):  # the queue is not at hand
+    if run.method == INFOGRAPH:
+        metrics |= _floor_share(run, model, data)
+    elif not (run.queue and run.tau_plus):  # the queue is not at hand
         metrics["clamp_share"] = _clamp_share(run, z1, z2)
-    if run.probe == "released":
+    if run.probe == "released" and not _is_cross_validated(data):
         metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
     kept = slice(0, min(embeddings, len(z)))
     labels = data.y_test[kept].cpu().numpy()
@@ -47,11 +51,18 @@ def measure(
 def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
     """A row of the history: kNN accuracy and, if the Run says so, losses of the same few batches.
 
-    Their hardness is the Run's, 1 where the method has none; encoder in eval mode.
+    Their hardness is the Run's, 1 where the method has none; encoder in eval mode. Or what becomes
+    of the classes: the embeddings of the probe's training points and of the test points, no views.
     """
     row = _accuracy(run, model, data)
     if run.watch == "none":
         return row
+    if run.watch == "collapse":
+        train_z, test_z = (
+            placed(probe.features(model, x, data.inputs), run.normalize)
+            for x in (data.x_probe, data.x_test)
+        )
+        return row | collapse.metrics(train_z, data.y_probe, test_z, data.y_test)
     generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
     args = {"temperature": run.temperature, "beta": run.beta or 1.0}
     found = []
@@ -65,13 +76,50 @@ def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
 
 
 def _accuracy(run: Run, model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
+    if _is_cross_validated(data):
+        return _cross_validated(run, model, data)
     train_h = probe.features(model.encoder, data.x_probe, data.inputs)
     test_h = probe.features(model.encoder, data.x_test, data.inputs)
     votes = run.temperature if run.protocol == "released" else KNN_TEMPERATURE
     found = {"knn": probe.knn(train_h, data.y_probe, test_h, data.y_test, temperature=votes)}
     if linear:
         found["linear"] = probe.linear_probe(train_h, data.y_probe, test_h, data.y_test)
+    if isinstance(data, Graphs):
+        parts = [train_h, data.y_probe, test_h, data.y_test]
+        z, y, test_z, test_y = (part.cpu().double().numpy() for part in parts)
+        for name, scaled in SVC.items():
+            found[name] = crossval.svc_accuracy(z, y, test_z, test_y, scaled=scaled)
     return found
+
+
+def _is_cross_validated(data: Data) -> bool:
+    return isinstance(data, Graphs) and data.cross_validated
+
+
+def _cross_validated(run: Run, model: Model, data: Data) -> dict[str, float]:
+    """Mean over ten folds, and their standard deviation, of an SVC of either protocol."""
+    h = probe.features(model.encoder, data.x_probe, data.inputs)
+    z, y = h.cpu().double().numpy(), data.y_probe.cpu().numpy()
+    found: dict[str, float] = {}
+    for name, scaled in SVC.items():
+        folds = crossval.svc_accuracies(z, y, scaled=scaled, seed=run.seed)
+        found |= {name: float(folds.mean()), f"{name}_sd": float(folds.std(ddof=1))}
+    return found
+
+
+def _floor_share(run: Run, model: Model, data: Data) -> dict[str, float]:
+    """The share of nodes whose floor binds, in one batch of training graphs, in eval mode."""
+    if not isinstance(model.head, Heads):  # nothing was trained
+        return {}
+    generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
+    objective = Objective(run, model, data)
+    rows = next(objective.batches(generator))
+    modes = model.training
+    model.eval()
+    with torch.no_grad():
+        share = objective.floor_share(data.x_train[rows])
+    model.train(modes)
+    return {"clamp_share": share}
 
 
 def _embed(model: Model, inputs: Tensor) -> Tensor:

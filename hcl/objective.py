@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hcl import losses
+from hcl.graphs.gin import GIN
+from hcl.graphs.infograph import Heads, LocalGlobal
 from hcl.moco import MomentumQueue, queue_loss
-from hcl.runs import Run, beta_in_epoch
+from hcl.runs import INFOGRAPH, Run, beta_in_epoch
 
 if TYPE_CHECKING:
     from hcl.train import Data, Model
@@ -24,7 +27,7 @@ class Objective:
         device = data.x_train.device
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         self.forward = torch.compile(model, mode=mode) if compile else model
-        self.loss = losses.ContrastiveLoss(run.method, **run.loss_args())
+        self.loss = _loss(run)
         self.mates = Mates(data.y_train) if run.positives == "class" else None
         self.keys = None
         if run.queue:
@@ -45,6 +48,8 @@ class Objective:
     def __call__(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Scalar loss of the samples ``rows`` (B,) of the training data."""
         x = self.data.x_train
+        if self.run.method == INFOGRAPH:
+            return self._local_global(x[rows])
         if self.mates is None:
             v1, v2 = self.view_data.views(x[rows], generator)
         else:
@@ -55,16 +60,56 @@ class Objective:
             elif self.run.separate_views:
                 z1, z2 = self.forward(v1), self.forward(v2)
             else:
-                z1, z2 = self.forward(torch.cat([v1, v2])).chunk(2)  # (B, out_dim) each
+                z1, z2 = self.forward(_joined(v1, v2)).chunk(2)  # (B, out_dim) each
         try:
             if self.keys:
                 return self._queued(z1, z2)
+            if self.run.normalize != "sphere":
+                z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
             found: Tensor = self.loss(z1, z2, self.data.y_train[rows])
             return found
         except ValueError as error:  # what the losses say of embeddings that are not finite
             raise FloatingPointError(
                 f"training diverged in epoch {self.epoch} of {self.run}: {error}"
             ) from error
+
+    def _nodes_and_graphs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What InfoGraph compares, and the graph of each node."""
+        batch: Any = self.data.inputs(x)
+        encoder, head = cast(GIN, self.model.encoder), cast(Heads, self.model.head)
+        with torch.autocast(x.device.type, torch.bfloat16, self.run.precision == "bfloat16"):
+            nodes, graphs = encoder.both(batch)
+            u, v = head.local(nodes), head(graphs)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        return u.to(wide), v.to(wide), batch.batch
+
+    def floor_share(self, x: Tensor) -> float:
+        """Of the graphs x (B,), see :func:`hcl.graphs.infograph.floor_share`."""
+        return cast(LocalGlobal, self.loss).floor_share(*self._nodes_and_graphs(x))
+
+    def _local_global(self, x: Tensor) -> Tensor:
+        try:
+            found: Tensor = self.loss(*self._nodes_and_graphs(x))
+            return found
+        except ValueError as error:
+            raise FloatingPointError(
+                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
+            ) from error
+
+    def batches(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Rows of the batches of an epoch, as many as :func:`steps` says.
+
+        InfoGraph's last batch may be smaller, and the released graph code has one order for all
+        epochs.
+        """
+        n = len(self.data.x_train)
+        if self.run.method != INFOGRAPH:
+            yield from batches(n, self.run.batch, generator)
+            return
+        if self.run.protocol == "released":
+            generator = torch.Generator(generator.device).manual_seed(self.run.seed)
+        order = torch.randperm(n, generator=generator, device=generator.device)
+        yield from order.split(self.run.batch)[: steps(self.run, n)]
 
     def _queued(self, query: Tensor, key: Tensor) -> Tensor:
         assert self.keys is not None
@@ -77,6 +122,41 @@ class Objective:
         """Let the queue's encoder follow."""
         if self.keys:
             self.keys.follow(self.model)
+
+
+def steps(run: Run, n: int) -> int:
+    """Batches of an epoch of n samples: whole ones, and InfoGraph's last one of two or more."""
+    rest = run.method == INFOGRAPH and n % run.batch > 1
+    return n // run.batch + rest
+
+
+def _loss(run: Run) -> losses.ContrastiveLoss | LocalGlobal:
+    if run.method == INFOGRAPH:
+        args = {name: getattr(run, name) for name in ("beta", "tau_plus", "detach_weights", "sign")}
+        return LocalGlobal(released=run.protocol == "released", **args)
+    on_sphere = run.normalize == "sphere"  # where the loss itself divides
+    return losses.ContrastiveLoss(run.method, normalize=on_sphere, **run.loss_args())
+
+
+def _joined(v1: Any, v2: Any) -> Any:
+    """Two batches of views as one: tensors, or graphs."""
+    return torch.cat([v1, v2]) if isinstance(v1, Tensor) else v1.joined(v2)
+
+
+def placed(z: Tensor, normalize: str) -> Tensor:
+    """Rows (n, d) as a Run's loss compares them: on the sphere, in the ball, or as they are.
+
+    Source: Jiang et al. 2023 (neural collapse), the released code divides lengths above 1 alone.
+
+    >>> placed(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), "ball")
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000]])
+    """
+    if normalize == "none":
+        return z
+    if normalize == "sphere":
+        return F.normalize(z, dim=1)
+    return z / z.norm(dim=1, keepdim=True).clamp(min=1.0)
 
 
 class Mates:

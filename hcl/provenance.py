@@ -18,19 +18,22 @@ SCIENCE = (  # what a result depends on
     "losses", "annealing", "debiasing", "negatives", "units", "checks", "rowstats", "tiles",
     "kernels", "distributed", "moco", "ordering", "initial", "muon",
     "sphere", "imagesets", "views", "vision", "train", "objective", "measure", "probe", "geometry",
+    "collapse",
+    "graphs/batch", "graphs/data", "graphs/families", "graphs/gin", "graphs/infograph",
+    "graphs/sets", "graphs/views", "crossval",
 )  # fmt: skip
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and with what a Record is being made."""
-    packages = ("torchvision", "numpy", "scikit-learn")
+    packages = ("torchvision", "torch_geometric", "numpy", "scikit-learn")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "clean": _git("status", "--porcelain", "--", "hcl") == "",
         "code": code_fingerprint(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **{name: metadata.version(name) for name in packages},
+        **{name: version for name in packages if (version := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,6 +47,13 @@ def code_fingerprint() -> str:
     sources = [here / f"{name}.py" for name in SCIENCE]
     text = b"\0".join(path.read_bytes() for path in sources if path.exists())
     return hashlib.sha256(text).hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # of a part of the study that is not used here
+        return None
 
 
 @cache

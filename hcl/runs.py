@@ -19,12 +19,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hcl import project_root
+from hcl import checks, losses, project_root
 from hcl.atomic import whole_or_nothing
-from hcl.losses import ARGUMENTS, METHODS, ContrastiveLoss, anneal_beta
+from hcl.graphs import infograph
+from hcl.losses import ContrastiveLoss, anneal_beta
 from hcl.provenance import code_fingerprint
 
 CACHE_STUDY = "quick"
+INFOGRAPH = "infograph"  # the one method that is not of hcl.losses
+ARGUMENTS = {**losses.ARGUMENTS, INFOGRAPH: infograph.ARGUMENTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,8 @@ class Run:
         data, data_args: name of the data and its loader's options.
         encoder, encoder_args: a name the data offers, and options of it; "raw" (with epochs=0)
             measures the input itself.
-        method, temperature, beta, tau_plus, detach_weights, debias, clamp: see :mod:`hcl.losses`.
+        method, temperature, beta, tau_plus, detach_weights, debias, clamp: see :mod:`hcl.losses`;
+            "infograph", which compares nodes with graphs, :mod:`hcl.graphs.infograph`.
         hardening: "exponential" tilts by beta; "threshold" leaves out the negatives whose cosine is
             below ``threshold``, and has no beta.
         Q: weight on the negatives: "released" (their number in the batch), "negatives" (those of
@@ -53,7 +57,8 @@ class Run:
         protocol: "sound", or "released" to repeat the released image code, whatever separate_views
             and probe say: two passes, its linear probe, kNN votes at the loss's temperature, its
             annealing, and its pixel statistics for every set of pictures. (Its two GPUs, each with
-            BatchNorm statistics of half a batch, are not repeated.)
+            BatchNorm statistics of half a batch, are not repeated.) For "infograph", the released
+            graph code: its sums, tau_plus 0.5, no weight decay, one order of the graphs.
         separate_views: encode the two views in two passes, each with BatchNorm statistics of its
             own, instead of one.
         epochs: 0 measures the untrained encoder. batch: anchors' images a step, 2 * batch views.
@@ -64,8 +69,15 @@ class Run:
         precision: "float32", or "bfloat16" for autocast.
         probe: "fast" or "released", see :mod:`hcl.probe`.
         eval_every: kNN accuracy before training and every so many epochs; 0 for the end alone.
-        watch: "losses" adds the four losses and Assumption 1 of :mod:`hcl.ordering` to that.
+        watch: "losses" adds the four losses and Assumption 1 of :mod:`hcl.ordering` to that,
+            "collapse" the geometry of the class means, :mod:`hcl.collapse`.
         seed: initialisation, batches, views, and the data where they are drawn.
+        normalize: where the loss compares embeddings: on the unit "sphere", in the unit "ball"
+            (a row is divided by its length where that is above 1), or "none", as they are; these
+            two without tau_plus and queue. watch="collapse" looks at the same embeddings; whatever
+            else is measured is of unit rows.
+        sign: of "infograph": "hard" weighs the most similar negatives most, "easy" the least
+            similar; "own" is "easy" where the protocol is the released one, "hard" elsewhere.
 
     Raises: ValueError naming the field, its value and what would do.
 
@@ -110,6 +122,8 @@ class Run:
     optimizer: str = "adam"
     sides: str = "fixed"
     watch: str = "none"
+    normalize: str = "sphere"
+    sign: str = "own"
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -128,10 +142,18 @@ class Run:
             raise ValueError(f"lr={self.lr}: must be positive (the papers use 0.001)")
         if self.encoder == "raw" and self.epochs > 0:
             raise ValueError(f"epochs={self.epochs}: encoder 'raw' has nothing to train, use 0")
-        ContrastiveLoss(self.method, **self.loss_args())  # refuses what the loss would refuse
+        if self.method == INFOGRAPH:
+            self._check_infograph()
+        else:
+            ContrastiveLoss(self.method, **self.loss_args())  # refuses what the loss would refuse
         self._check_queue()
         for name, value in self._absent().items():
             object.__setattr__(self, name, value)
+        if self.normalize != "sphere" and self.tau_plus:
+            raise ValueError(
+                f"normalize={self.normalize!r}: goes with tau_plus=0, not {self.tau_plus}; the "
+                "floor of the negatives is that of unit rows"
+            )
         if self.anneal != "none" and self.epochs:
             try:
                 beta_in_epoch(self, 1)
@@ -145,12 +167,22 @@ class Run:
             return
         if self.method not in QUEUED:
             raise ValueError(f"queue={self.queue}: goes with the methods {', '.join(QUEUED)}")
-        for name in ("hardening", "debias", "clamp", "Q", "detach_weights", "separate_views"):
+        for name in ("hardening", "debias", "clamp", "Q", "detach_weights", "separate_views",
+                     "normalize"):  # fmt: skip
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default:
                 raise ValueError(
                     f"queue={self.queue}: {name}={getattr(self, name)!r} does not go with it, "
                     f"leave it {default!r}"
+                )
+
+    def _check_infograph(self) -> None:
+        checks.tilt(self.beta, self.tau_plus)
+        for name in ("positives", "watch"):
+            if getattr(self, name) != (default := type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: does not go with method='infograph', leave "
+                    f"it {default!r}"
                 )
 
     def _absent(self) -> dict[str, Any]:
@@ -171,11 +203,26 @@ class Run:
             absent |= {"anneal_steps": 9}
         if not self.queue:
             absent |= {"momentum": 0.99}
+        absent |= self._absent_graphs(absent.get("beta", self.beta))
         if self.protocol == "released":
-            absent |= {"separate_views": not self.queue, "probe": "released"}
+            two = not self.queue and self.method != INFOGRAPH
+            absent |= {"separate_views": two, "probe": "released"}
             if absent.get("anneal", self.anneal) == "paper":
                 absent |= {"anneal": "released"}
         return absent
+
+    def _absent_graphs(self, beta: float) -> dict[str, Any]:
+        """What InfoGraph does not have, and what other methods do not have of it."""
+        if self.method != INFOGRAPH:
+            return {"sign": "own"}
+        released = self.protocol == "released"
+        own = "easy" if released else "hard"
+        sign = (own if self.sign == "own" else self.sign) if beta else "own"
+        names = ("temperature", "hidden_dim", "out_dim", "separate_views", "normalize")
+        absent = {name: type(self).__dataclass_fields__[name].default for name in names}
+        if released:
+            absent |= {"tau_plus": 0.5, "weight_decay": 0.0, "detach_weights": False}
+        return absent | {"sign": sign}
 
     def loss_args(self) -> dict[str, Any]:
         """The keyword arguments of :class:`hcl.losses.ContrastiveLoss`."""
@@ -210,7 +257,7 @@ def beta_in_epoch(run: Run, epoch: int) -> float:
 
 QUEUED = ("nt_xent", "debiased", "hard")
 _CHOICES = {
-    "method": METHODS,
+    "method": tuple(ARGUMENTS),
     "hardening": ("exponential", "threshold"),
     "positives": ("views", "class"),
     "anneal": ("none", "paper", "released"),
@@ -220,7 +267,9 @@ _CHOICES = {
     "sides": ("fixed", "growing"),
     "precision": ("float32", "bfloat16"),
     "probe": ("fast", "released"),
-    "watch": ("none", "losses"),
+    "watch": ("none", "losses", "collapse"),
+    "normalize": ("sphere", "ball", "none"),
+    "sign": ("own", "hard", "easy"),
 }
 _LEAST = {
     "epochs": 0, "batch": 2, "weight_decay": 0, "hidden_dim": 1, "out_dim": 1, "eval_every": 0,

@@ -18,16 +18,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hcl import losses, memory, runs, sphere, vision
+from hcl import graphs, memory, runs, sphere, vision
 from hcl.atomic import whole_or_nothing
+from hcl.graphs.sets import TU
+from hcl.imagesets import SOURCES
 from hcl.measure import measure, watched
 from hcl.muon import Muon
 from hcl.objective import Mates as Mates
-from hcl.objective import Objective, batches
+from hcl.objective import Objective, steps
+from hcl.objective import batches as batches
 from hcl.provenance import code_fingerprint, provenance
-from hcl.runs import Record, Run
+from hcl.runs import INFOGRAPH, Record, Run
 
-LOADERS: dict[str, Callable[..., Any]] = {"sphere": sphere.load}  # other names: hcl.vision's
+LOADERS: dict[str, Callable[..., Any]] = {  # other names: hcl.vision's
+    "sphere": sphere.load,
+    "graphs": graphs.load_families,
+    **dict.fromkeys(TU, graphs.load),
+}
 
 
 class Data(Protocol):
@@ -97,12 +104,16 @@ def projection_head(in_dim: int, *, hidden_dim: int = 512, out_dim: int = 128) -
 def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
     """The data of a Run; what is drawn at random is drawn with the Run's seed.
 
-    Raises: ValueError: an option the loader does not have; FileNotFoundError: the set is missing
-    (the message says how to get it).
+    Raises: ValueError: unknown data, or an option the loader does not have; FileNotFoundError: the
+    set is missing (the message says how to get it).
     """
+    if run.data not in (known := [*LOADERS, *SOURCES]):
+        raise ValueError(f"data={run.data!r}: choose one of {', '.join(known)}")
     load = LOADERS.get(run.data, vision.load)
     options = set(inspect.signature(load).parameters)
-    options -= {"name", "root", "device", "seed", "augmentation"}  # not a number or a word
+    options -= {"name", "root", "device", "seed"}
+    if load is vision.load:
+        options -= {"augmentation"}  # not a number or a word
     if unknown := set(run.data_args) - options:
         raise ValueError(
             f"data_args {sorted(unknown)}: {run.data!r} takes {', '.join(sorted(options))}"
@@ -136,6 +147,8 @@ def build_model(run: Run, data: Data) -> Model:
         if run.encoder == "raw":
             return Model(encoder, nn.Identity())
         width = int(encoder.out_dim)  # type: ignore[arg-type]
+        if run.method == INFOGRAPH:
+            return Model(encoder, graphs.Heads(width))
         head = projection_head(width, hidden_dim=run.hidden_dim, out_dim=run.out_dim)
     return Model(encoder, head)
 
@@ -171,6 +184,8 @@ def train(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_data(run, where)
     _check_data(run, data)
+    if compile and isinstance(data, graphs.Graphs):
+        raise ValueError(f"compile: {run.data} has graphs, whose batches are of many sizes")
     memory.keep()
     model = build_model(run, data).to(where).to(memory_format=torch.channels_last)
     made = provenance(where)  # now: nothing that could fail is left for after the training
@@ -183,7 +198,7 @@ def train(
         metrics, arrays = measure(run, model, data, embeddings)
     if run.epochs:
         metrics = {"loss": loss, **metrics}
-    seen = run.epochs * (len(data.x_train) // run.batch) * run.batch
+    seen = run.epochs * min(steps(run, len(data.x_train)) * run.batch, len(data.x_train))
     cost = {
         "seconds": round(seconds, 3),
         "images_per_second": round(seen / seconds, 1) if seconds else 0.0,
@@ -201,8 +216,14 @@ def _check_data(run: Run, data: Data) -> None:
     """Refuse, before anything is trained, what the data cannot give."""
     if run.epochs and run.batch > len(data.x_train):
         raise ValueError(f"batch={run.batch}: {run.data} has {len(data.x_train)} training samples")
+    if run.method == INFOGRAPH and not isinstance(data, graphs.Graphs):
+        raise ValueError(f"method='infograph': compares nodes with graphs, and {run.data} has none")
+    if run.queue and isinstance(data, graphs.Graphs):
+        raise ValueError(
+            f"queue={run.queue}: goes with pictures and points, not with graphs, use 0"
+        )
     needs = {
-        f"method={run.method!r}": "labels" in losses.ARGUMENTS[run.method],
+        f"method={run.method!r}": "labels" in runs.ARGUMENTS[run.method],
         f"positives={run.positives!r}": run.positives == "class",
         f"watch={run.watch!r}": run.watch == "losses",
     }
@@ -213,6 +234,12 @@ def _check_data(run: Run, data: Data) -> None:
                 f"{what}: needs a label for every training sample; {without} of {run.data}'s "
                 f"{len(data.y_train)} have none (data_args labelled=True leaves them out)"
             )
+    with_labels = [what for what, needed in needs.items() if needed and "watch" not in what]
+    if with_labels and run.epochs and isinstance(data, graphs.Graphs) and data.cross_validated:
+        raise ValueError(
+            f"{with_labels[0]}: trains on the labels that the probe is then tested on; hold graphs "
+            "out of the training, e.g. data_args held_out=0.3"
+        )
     if run.sides == "growing" and not hasattr(data, "grown"):
         raise ValueError(f"sides='growing': {run.data} has no pictures whose views could grow")
     if run.sides == "growing" and run.encoder == "mlp":
@@ -235,8 +262,8 @@ def fit(
     Raises: as :func:`train`.
     """
     x, device = data.x_train, data.x_train.device
-    steps = len(x) // run.batch
-    optimizers, schedulers = optimizers_of(run, model, steps, fused=device.type == "cuda")
+    n_steps = steps(run, len(x))
+    optimizers, schedulers = optimizers_of(run, model, n_steps, fused=device.type == "cuda")
     objective = Objective(run, model, data, compile=compile)
     parts = (model, *optimizers, *schedulers, *objective.parts())
     done = _resume(run, checkpoint, *parts)
@@ -251,7 +278,7 @@ def fit(
 
     longest = done.pop("longest", 0.0)  # seconds of an epoch so far
     with tqdm(
-        total=run.epochs * steps, initial=done["epoch"] * steps, disable=not progress,
+        total=run.epochs * n_steps, initial=done["epoch"] * n_steps, disable=not progress,
         desc=f"{run.study}/{run.digest}", unit="step", leave=False,
     ) as bar:  # fmt: skip
         for epoch in range(done["epoch"] + 1, run.epochs + 1):
@@ -263,7 +290,7 @@ def fit(
             generator = torch.Generator(device).manual_seed(run.seed * 1_000_003 + epoch)
             model.train()
             total = torch.zeros((), device=device)  # summed on the device: no wait at each step
-            for rows in batches(len(x), run.batch, generator):
+            for rows in objective.batches(generator):
                 loss = objective(rows, generator)
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
@@ -275,7 +302,7 @@ def fit(
                 objective.after_step()
                 total += loss.detach()
                 bar.update()
-            done["epoch"], done["loss"] = epoch, (total / steps).item()
+            done["epoch"], done["loss"] = epoch, (total / n_steps).item()
             if not math.isfinite(done["loss"]):
                 raise FloatingPointError(f"loss {done['loss']} in epoch {epoch} of {run}")
             bar.set_postfix(epoch=epoch, loss=f"{done['loss']:.3f}")

@@ -1,6 +1,5 @@
 """The page on the loss engine: its code runs with and without a record, and says what is so."""
 
-import ast
 import contextlib
 import importlib.util
 import io
@@ -9,56 +8,35 @@ import math
 import re
 import shlex
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
+from cells import Page
 from torch.nn import functional as F
 
 from hcl import losses, project_root, rowstats, tiles
 from hcl.provenance import provenance
 
 ROOT = project_root()
-PAGE = ROOT / "book" / "practice" / "engine.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-RECORD = [name for name in CODE if name.startswith("record-")]
-NAMES = ("parameters", "setup", "matrix", *RECORD)  # the section on the record, by itself
+PAGE = Page("practice/engine", start=("parameters", "setup"))
+# the section on the record, by itself
+RECORD = ["matrix", *(name for name in PAGE.code if name.startswith("record-"))]
 SIZES = [256, 1024, 4096, 16384]
 
 
-def run(name, page):
-    """A cell of the page, and the text of its last line where that is HTML or Markdown."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    found = eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-    return [found.data] if hasattr(found, "data") else []
-
-
-def execute(names=tuple(CODE), **given):
-    """Code cells of the page, in order; hands back its variables, what it said and what it drew."""
-    page: dict[str, object] = {}
-    shown: list[str] = []
-    drawn: list[str] = []
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr("IPython.display.display", lambda *x: shown.extend(v.data for v in x))
-        for name in names:
-            shown += run(name, page)
-            if name == "parameters":
-                page.update(given)
-            drawn += [name] * bool(plt.get_fignums())
-            plt.close("all")
-    return page, said.getvalue() + "\n".join(shown), drawn
+def execute(*names, **given):
+    """Cells of the page in order: its variables, what they said, and which of them drew."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        page, shown = PAGE.outputs(*names, **given)
+    said = [printed.getvalue(), *(output.text for output in shown.values() if output.text)]
+    return page, "\n".join(said), [name for name, output in shown.items() if output.drawn]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """All of the page, where nothing is recorded."""
     nothing = str(tmp_path_factory.mktemp("none") / "loss.json")
-    return execute(record=nothing, gpu_record=nothing, views=256, rounds=2)
+    return execute(*PAGE.body, record=nothing, gpu_record=nothing, views=256, rounds=2)
 
 
 # --- the mathematics
@@ -233,12 +211,11 @@ def test_without_a_record_the_page_says_so(whole):
     assert said.count("ot recorded yet") == 2
     assert "No benchmark on a GPU has been recorded yet" in said
     assert drawn == ["sorted-figure", "clamp"]
-    captioned = {c.id for c in CELLS if "figure" in c.metadata.get("mystnb", {})}
+    captioned = {c.id for c in PAGE.cells if "figure" in c.metadata.get("mystnb", {})}
     assert set(drawn) < captioned
-    text = "\n".join(c.source for c in CELLS if c.cell_type == "markdown")
-    for cell in CELLS:  # a figure that may be missing cannot be referred to by number
+    for cell in PAGE.cells:  # a figure that may be missing cannot be referred to by number
         name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
-        assert not (name and cell.id not in drawn and f"`{name}`" in text)
+        assert not (name and cell.id not in drawn and f"`{name}`" in PAGE.prose)
 
 
 def test_the_live_measurement_compares_all_in_turn(whole):
@@ -305,7 +282,7 @@ def write(bench, path, device="CPU, of the test", installed=True):
 
 def test_a_record_is_drawn_and_told(bench, tmp_path):
     path = write(bench, tmp_path / "loss.json")
-    _, said, drawn = execute(NAMES, record=path, gpu_record=str(tmp_path / "none.json"))
+    _, said, drawn = execute(*RECORD, record=path, gpu_record=str(tmp_path / "none.json"))
     assert drawn == ["record-time", "record-memory"]
     for part in ("2026-01-02", "CPU, of the test", "a sundial", "commit abcdef0", "Not recorded"):
         assert (part in said) == (part != "Not recorded")
@@ -326,7 +303,7 @@ def test_a_record_is_drawn_and_told(bench, tmp_path):
 
 def test_the_command_it_names_makes_that_record(bench, tmp_path):
     path = write(bench, tmp_path / "other.json")
-    _, said, _ = execute(NAMES, record=path, gpu_record=path)
+    _, said, _ = execute(*RECORD, record=path, gpu_record=path)
     command = re.search(r"python (benchmarks/loss\.py [^`]*)```", said)[1]
     words = shlex.split(command.replace("\\\n", " "))
     assert (ROOT / words[0]).is_file()
@@ -343,13 +320,13 @@ def test_a_tie_is_called_one(bench, tmp_path):
         if row["implementation"] == "dense" and row["views"] == 256:
             row |= {"ratio": 0.99, "ratio_q1": 0.9, "ratio_q3": 1.1}
     path.write_text(json.dumps(made))
-    _, said, _ = execute(NAMES, record=str(path), gpu_record="none.json")
+    _, said, _ = execute(*RECORD, record=str(path), gpu_record="none.json")
     assert "at N = 4,096; the quartiles include 1 at N = 256." in said
 
 
 def test_libraries_that_were_not_installed_are_named(bench, tmp_path):
     path = write(bench, tmp_path / "loss.json", installed=False)
-    _, said, drawn = execute(NAMES, record=path, gpu_record="none.json")
+    _, said, drawn = execute(*RECORD, record=path, gpu_record="none.json")
     assert drawn == ["record-time", "record-memory"]
     assert "`lightly DCLLoss` was not timed: not here." in said
     assert "`lightly DCLLoss` takes" not in said
@@ -358,18 +335,18 @@ def test_libraries_that_were_not_installed_are_named(bench, tmp_path):
 def test_a_gpu_record_is_drawn_too_and_nothing_else_passes_for_one(bench, tmp_path):
     cpu = write(bench, tmp_path / "loss.json")
     gpu = write(bench, tmp_path / "loss-gpu.json", device="NVIDIA of the test")
-    page, said, drawn = execute(NAMES, record=cpu, gpu_record=gpu)
+    page, said, drawn = execute(*RECORD, record=cpu, gpu_record=gpu)
     assert drawn == ["record-time", "record-memory", "record-gpu-time", "record-gpu-memory"]
     assert "NVIDIA of the test" in said
     assert "No benchmark on a GPU" not in said
-    page, said, drawn = execute(NAMES, record=cpu, gpu_record=cpu)
+    page, said, drawn = execute(*RECORD, record=cpu, gpu_record=cpu)
     assert page["gpu"] is None
     assert "was not recorded on a GPU, but on CPU, of the test" in said
     assert drawn == ["record-time", "record-memory"]
 
 
 def test_what_is_recorded_today_is_shown():
-    page, said, drawn = execute(NAMES)
+    page, said, drawn = execute(*RECORD)
     there = (ROOT / page["record"]).exists()
     assert ("record-time" in drawn) == there
     assert (page["made"] is None) != there

@@ -18,6 +18,7 @@ from torch import nn
 from hcl import losses, ordering, probe, project_root, runs, sphere, vision
 from hcl import measure as measuring
 from hcl import train as trainer
+from hcl.objective import placed
 from hcl.runs import Run
 from hcl.train import Mates, Model, Objective, build_model, load_data, train
 
@@ -45,7 +46,9 @@ REFUSED = [
     ("anneal_steps", 1, {"anneal": "paper", "protocol": "released"}),
     ("protocol", "paper", {}), ("separate_views", 1, {}), ("separate_views", "yes", {}),
     ("optimizer", "sgd", {}), ("sides", "shrinking", {}), ("watch", "all", {}),
-    ("watch", None, {}),
+    ("watch", None, {}), ("normalize", "cube", {}), ("normalize", True, {}),
+    ("normalize", "ball", {"tau_plus": 0.1}), ("normalize", "none", {"method": "debiased"}),
+    ("sign", "soft", {"method": "infograph"}), ("sign", True, {}),
 ]  # fmt: skip
 
 
@@ -67,12 +70,12 @@ def test_a_bad_value_is_refused_with_its_field_and_itself(tiny, field, value, ot
 @pytest.mark.parametrize(
     ("field", "value"),
     [("hardening", "threshold"), ("debias", "separate"), ("clamp", "unscaled"), ("Q", "3"),
-     ("detach_weights", True), ("separate_views", True)],
+     ("detach_weights", True), ("separate_views", True), ("normalize", "ball")],
 )  # fmt: skip
 def test_what_does_not_go_with_a_queue_is_refused(tiny, field, value):
     with pytest.raises(ValueError, match=rf"queue=8: {field}={value!r} does not go with it"):
-        tiny(queue=8, **{field: value})
-    tiny(**{field: value})
+        tiny(queue=8, tau_plus=0.0, **{field: value})
+    tiny(tau_plus=0.0, **{field: value})
 
 
 def test_a_queue_goes_with_the_methods_it_has_a_loss_for(tiny):
@@ -132,6 +135,8 @@ def test_every_younger_field_makes_another_run_where_it_decides(tiny):
         {"separate_views": True}, {"separate_views": True, "probe": "released"},
         {"optimizer": "muon"}, {"sides": "growing"}, {"watch": "losses", "eval_every": 1},
         {"eval_every": 1}, {"method": "hard_scl"}, {"method": "hard_scl", "Q": "negatives"},
+        {"watch": "collapse", "eval_every": 1}, {"tau_plus": 0.0},
+        {"tau_plus": 0.0, "normalize": "ball"}, {"tau_plus": 0.0, "normalize": "none"},
     ]  # fmt: skip
     assert len({tiny(**c).digest for c in changes}) == len(changes)
 
@@ -385,6 +390,78 @@ def test_growing_views_grow_to_their_full_side_and_the_rest_stays_full(tiny, mon
     args["data_args"] = {**FEW, "view_size": 12}
     train(tiny(**args, sides="growing", epochs=2, batch=100), progress=False)
     assert sides == [9, 11, 12]
+
+
+# Sphere, ball, or neither -------------------------------------------------------------------------
+
+
+def in_a_ball(z):
+    """Each row by itself: as it is, or divided by its length where that is above 1."""
+    lengths = [math.sqrt(sum(x * x for x in row.tolist())) for row in z]
+    return torch.stack([row / max(1.0, n) for row, n in zip(z, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("method", ["nt_xent", "hard", "hard_scl"])
+@pytest.mark.parametrize("normalize", ["sphere", "ball", "none"])
+def test_the_loss_of_a_step_is_that_of_embeddings_placed_so(tiny, normalize, method):
+    run = tiny(method=method, normalize=normalize, tau_plus=0.0, temperature=1.0, epochs=1)
+    data, model = load_data(run), build_model(tiny(), load_data(run)).double()
+    model.head[-1].weight.data *= 4  # lengths on both sides of 1
+    model.head[-1].bias.data.zero_()
+    objective, rows = Objective(run, model, data), torch.arange(32)
+    objective.begin(1)
+    objective.view_data = SimpleNamespace(views=lambda *a: [v.double() for v in data.views(*a)])
+    found = objective(rows, generator())
+    views = objective.view_data.views(data.x_train[rows], generator())
+    raw = model(torch.cat(views))
+    lengths = raw.norm(dim=1)
+    assert lengths.min() < 1 < lengths.max()
+    z = {"sphere": raw / lengths[:, None], "ball": in_a_ball(raw), "none": raw}[normalize]
+    options = {k: getattr(run, k) for k in losses.ARGUMENTS[method] if k in ("beta", "tau_plus")}
+    labels = [data.y_train[rows]] if method == "hard_scl" else []
+    wanted = getattr(losses, method)(
+        *z.chunk(2), *labels, temperature=1.0, normalize=False, **options
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_rows_of_length_zero_stay_where_they_are_in_the_ball():
+    z = torch.tensor([[0.0, 0.0], [3.0, 0.0]], requires_grad=True)
+    placed(z, "ball").sum().backward()
+    assert torch.equal(placed(z.detach(), "ball"), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", ["sphere", "ball", "none"])
+def test_watching_the_collapse_adds_its_numbers_and_changes_nothing(tiny, normalize):
+    options = {"normalize": normalize, "tau_plus": 0.0, "epochs": 2, "eval_every": 1}
+    plain = train(tiny(**options), progress=False)
+    record = train(tiny(**options, watch="collapse"), progress=False)
+    assert record.metrics == plain.metrics
+    assert [row["epoch"] for row in record.history] == [0, 1, 2]
+    for row, without in zip(record.history, plain.history, strict=True):
+        assert {k: row[k] for k in without} == without
+        more = set(row) - set(without)
+        assert {"zero_sum", "dimensions", "nearest_mean", "singular_7"} <= more  # 8 classes
+        assert "singular_8" not in more
+    assert runs.read(record.path) == record
+
+
+def test_the_collapse_is_that_of_training_points_without_views(tiny):
+    for normalize in ("sphere", "ball", "none"):
+        run = tiny(normalize=normalize, tau_plus=0.0, watch="collapse")
+        data = load_data(run)
+        model = build_model(run, data).eval()
+        with torch.no_grad():
+            z = model(data.inputs(data.x_train)).double()
+        z = {"sphere": nn.functional.normalize(z, dim=1), "ball": in_a_ball(z), "none": z}[
+            normalize
+        ]
+        means = torch.stack([z[data.y_train == c].mean(dim=0) for c in range(8)])
+        found = measuring.watched(run, model, data)
+        assert found["zero_sum"] == pytest.approx(means.mean(dim=0).norm().item(), rel=1e-5)
+        off = (means.norm(dim=1) - 1).abs().mean().item()
+        assert found["unit_norm"] == pytest.approx(off, rel=1e-5)
 
 
 # The released protocol ----------------------------------------------------------------------------

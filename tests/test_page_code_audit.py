@@ -1,90 +1,44 @@
 """The page on the papers and their code: transcriptions, the rule, and what it reads of Records."""
 
-import ast
 import math
 import random
-import re
-import textwrap
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch import nn
 from torch.nn import functional as F
 
-from hcl import compare, losses, probe, project_root, runs, sweeps, train, vision
+from hcl import compare, losses, probe, runs, train, vision
 
-ROOT = project_root()
-PAGE = ROOT / "book" / "hardness" / "code-audit.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-TEXT = "\n".join(cell.source for cell in CELLS if cell.cell_type == "markdown")
-STUDY = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")
+PAGE = Page("hardness/code-audit")
+STUDY = study()
 TINY = {
     "seeds": [0, 1], "probe_seeds": [0, 1], "epochs": 1, "page_epochs": 1, "probe_epochs": 2,
     "n_train": 256, "batch": 64,
 }  # fmt: skip
 
 
-class Handle:
-    """Stands in for the display that the overview updates."""
-
-    def update(self, _):
-        pass
-
-
-def run(name, page, told):
-    """A cell of the page; what its last line shows goes to ``told``."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    if last and not CODE[name].rstrip().endswith(";"):
-        told[name].append(eval(compile(ast.Expression(last.value), name, "eval"), page))
-    elif last:
-        exec(compile(ast.Module([last], []), name, "exec"), page)
-
-
-def execute(names=tuple(CODE), page=None, **given):
-    """Cells of the page, in order; hands back its variables and what each showed."""
-    page = {} if page is None else page
-    told = {name: [] for name in names}
+def execute(*names, **given):
+    """Cells of the page where there are no pictures; its variables and what each said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vision, "load", absent)
-        for name in names:
-            show = told[name].extend
-            patch.setattr("IPython.display.display", lambda *x, s=show, **_: s(x) or Handle())
-            if "display" in page:
-                page["display"] = lambda *x, s=show, **_: s(x) or Handle()
-            run(name, page, told)
-            if name == "parameters":
-                page.update(given)
-            plt.close("all")
-    return page, {name: "\n".join(map(said, shown)) for name, shown in told.items()}
-
-
-def said(shown):
-    return str(getattr(shown, "data", shown))
+        page, shown = PAGE.outputs(*names, **given)
+    return page, {name: output.text for name, output in shown.items()}
 
 
 def absent(name, **_):
     raise FileNotFoundError(name)
 
 
-def fake_record(run_, store):
+def fake_record(run, store):
     """A Record of made-up numbers that follow from the Run."""
-    draw = random.Random(run_.digest)
+    draw = random.Random(run.digest)
     metrics = {name: 0.4 + draw.random() / 10 for name in compare.METRICS}
-    made = {"code": "c", "commit": "f" * 40, "clean": True, "device": "of the test", "torch": "2"}
-    cost = dict.fromkeys(compare.COST, 1.0)
-    record = runs.Record(
-        run=run_, metrics=metrics, history=[], cost=cost,
-        provenance={**made, "date": "2026-01-02T03"},
-    )  # fmt: skip
-    return runs.save(record, store=store)
+    return runs.save(made_up_record(run, metrics), store=store)
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +46,20 @@ def whole(tmp_path_factory):
     """All of the page in a tiny form, where nothing is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCL_RUNS", str(tmp_path_factory.mktemp("runs")))
-        return execute(**TINY)
+        return execute(*PAGE.body, **TINY)
 
 
 @pytest.fixture
 def formulas():
     """Cells that compute on a batch, on a random one; the anchors gather in five places."""
-    page, _ = execute(("parameters", "imports", "overview", "rule"))
+    page, _ = execute("overview", "rule")
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (24,), generator=draw)
     centres = torch.randn(5, 16, generator=draw, dtype=torch.float64)
     noise = torch.randn(2, 24, 16, generator=draw, dtype=torch.float64)
     z1, z2 = F.normalize(centres[labels] + 0.4 * noise, dim=2)
     page |= {"z1": z1, "z2": z2, "labels": labels, "batch": 24}
-    return execute(("scores",), page)[0]
+    return execute("scores", into=page)[0]
 
 
 def dense(page, t):
@@ -135,20 +89,17 @@ def test_the_page_runs_where_nothing_is_recorded(whole):
 
 
 def test_every_parameter_is_used():
-    names = [t.id for s in ast.parse(CODE["parameters"]).body for t in s.targets]
-    rest = "\n".join(source for name, source in CODE.items() if name != "parameters")
-    for name in names:
-        assert re.search(rf"\b{name}\b", rest), name
+    assert not PAGE.unused_parameters()
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_records_are_read_in_pairs(own_store, every):
-    for run_ in STUDY[::every]:
-        fake_record(run_, own_store)
-    page, _ = execute(("parameters", "imports", "overview", "rule"))
-    exec(compile(CODE["arms"].rsplit("\n\n", 1)[0], "arms", "exec"), page)  # trains nothing
-    page, _ = execute(("lab",), page)
-    study = {r.digest: r for r in STUDY}
+    for run in STUDY[::every]:
+        fake_record(run, own_store)
+    page, _ = execute("overview", "rule")
+    exec(PAGE.code["arms"].rsplit("\n\n", 1)[0], page)  # trains nothing
+    page, _ = execute("lab", into=page)
+    known_runs = {r.digest: r for r in STUDY}
     pairs = {
         "detach": page["lab"]({"detach_weights": False}, detach_weights=True),
         "clamp": page["lab"]({"clamp": "scaled"}, clamp="unscaled"),
@@ -162,7 +113,7 @@ def test_records_are_read_in_pairs(own_store, every):
     for name, (changed, base) in pairs.items():
         for seed in sorted(set(changed["seed"]) & set(base["seed"])):
             digests = [df.set_index("seed").loc[seed, "digest"] for df in (changed, base)]
-            one, other = (vars(study[digest]) for digest in digests)
+            one, other = (vars(known_runs[digest]) for digest in digests)
             differ = {field for field in one if one[field] != other[field]}
             assert len(differ - {"anneal_steps"}) == 1, (name, differ)
         if every == 1:
@@ -182,11 +133,12 @@ def test_records_are_read_in_pairs(own_store, every):
 
 
 def test_the_recorded_half_says_what_is_there(own_store, whole):
-    for run_ in STUDY:
-        fake_record(run_, own_store)
+    for run in STUDY:
+        fake_record(run, own_store)
     page = dict(whole[0])
     kept = ("overview", "rule", "lab", "i6-found", "i10-found", "i7-found", "protocol-read")
-    page, told = execute((*kept, "protocol-found", "hscl-q-found", "verdict", "records"), page)
+    kept += ("protocol-found", "hscl-q-found", "verdict", "records")
+    page, told = execute(*kept, into=page)
     read, store = page["read"], {r.digest: r for r in STUDY}
     assert set(read["digest"]) == set(page["asked"]) <= set(store)  # those of these cells
     assert f"{len(read)} of the {len(read)} Records" in told["verdict"]
@@ -238,7 +190,7 @@ def test_pairs_are_taken_over_the_seeds_that_both_have(formulas):
 
 
 def test_a_row_of_the_overview(formulas):
-    said_ = formulas["found"](
+    said = formulas["found"](
         "I4 gradient", "a number",
         {"sphere, a": row(0.01, 0.01), "sphere, b": row(-0.02, 0.001), "CIFAR-10, c": None},
         "and more", {"sphere, d": row(0.3, 0.01)},
@@ -247,9 +199,9 @@ def test_a_row_of_the_overview(formulas):
     assert overview["measured"] == "a number"
     assert overview["sphere"].split() == ["-2.0", "±", "0.1"]
     assert (overview["CIFAR-10"], overview["matters?"]) == ("", "yes")
-    assert "- a number; and more." in said_
-    assert "- CIFAR-10, c: not recorded yet." in said_
-    assert "sphere, d" in said_.split("not judged")[1]
+    assert "- a number; and more." in said
+    assert "- CIFAR-10, c: not recorded yet." in said
+    assert "sphere, d" in said.split("not judged")[1]
     assert set(formulas["comparisons"]) == {
         ("I4 gradient", "sphere, a"), ("I4 gradient", "sphere, b"),
     }  # fmt: skip
@@ -267,7 +219,7 @@ def test_a_row_of_the_overview(formulas):
 
 @pytest.mark.parametrize(("hardness", "tau"), [(0.5, 0.0), (2.0, 0.0), (3.0, 0.05), (0.7, 0.3)])
 def test_the_pseudo_code_is_a_weight_on_the_negatives(formulas, hardness, tau):
-    page, _ = execute(("i1-formula",), formulas)
+    page, _ = execute("i1-formula", into=formulas)
     t, size = 0.4, 2 * page["batch"] - 2
     total = []
     for s, p in dense(page, t):
@@ -283,7 +235,7 @@ def test_the_pseudo_code_is_a_weight_on_the_negatives(formulas, hardness, tau):
 
 
 def test_the_line_as_quoted_clamps_by_n_times_the_prior(formulas):
-    page, _ = execute(("i1-formula", "i2-shares"), formulas)
+    page, _ = execute("i1-formula", "i2-shares", into=formulas)
     t, size = 0.5, 2 * page["batch"] - 2
     for prior in (0.001, 0.01, 0.1):
         held = []
@@ -298,7 +250,7 @@ def test_the_line_as_quoted_clamps_by_n_times_the_prior(formulas):
 
 
 def test_the_push_is_that_of_the_objective(formulas):
-    page, _ = execute(("i1-formula", "i4-shares"), formulas)
+    page, _ = execute("i1-formula", "i4-shares", into=formulas)
     for s, want in ((False, lambda s: 2 * soft(2 * s) - soft(s)), (True, lambda s: soft(2 * s))):
         r = page["push"](0.5, s).numpy()
         assert np.allclose(r.sum(1), 1)
@@ -372,8 +324,7 @@ def test_the_probe_without_its_habits_sees_fixed_features(whole):
     f, y = torch.randn(90, 6, generator=draw), torch.arange(90) % 3
     f[torch.arange(90), y] += 4
     page = {**whole[0], "probe_epochs": 60}
-    source = CODE["i9-run"].split("\n\n\n")[0]
-    exec(compile(source, "i9-run", "exec"), page)
+    exec(PAGE.code["i9-run"].split("\n\n\n")[0], page)
     assert page["on_features"](f[:60], y[:60], f[60:], y[60:], batch=16) > 0.9
 
 
@@ -403,7 +354,7 @@ def by_loop(z1, z2, labels, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_the_transcribed_h_scl_is_its_formula(formulas, beta):
-    page, _ = execute(("hscl-transcribed",), formulas)
+    page, _ = execute("hscl-transcribed", into=formulas)
     batch = page["z1"], page["z2"], page["labels"]
     want = by_loop(*batch, beta)
     found = page["released_h_scl"](*batch, beta=beta).item()
@@ -415,7 +366,7 @@ def test_the_transcribed_h_scl_is_its_formula(formulas, beta):
 
 def test_pairs_and_anchors_and_the_number_of_negatives(formulas):
     formulas["world"] = SimpleNamespace(classes=tuple(range(5)))
-    page, _ = execute(("hscl-transcribed", "hscl-q-run"), formulas)
+    page, _ = execute("hscl-transcribed", "hscl-q-run", into=formulas)
     z1, z2, labels = page["z1"], page["z2"], page["labels"]
     table = page["merges"]
     for classes, line in table.iterrows():
@@ -441,17 +392,15 @@ def test_a_flag_of_type_bool_is_true(whole):
 
 
 def test_the_solution_with_two_gpus_runs(whole):
-    text = TEXT[TEXT.index("```{solution} ex-audit-gpus") :]
-    lines = [line for line in text.split("```\n")[0].splitlines() if line.startswith("    ")]
     page = dict(whole[0])
     page["setting"] = {**page["setting"], "epochs": 1}
-    body = textwrap.dedent("\n".join(lines))
-    exec(compile(body, "solution", "exec"), page)
+    (solution,) = PAGE.solutions()
+    exec(solution, page)
     assert len(page["two"]) == len(page["one"]) == 2
     assert all(0 <= a <= 1 for a in page["two"] + page["one"])
-    run_ = runs.Run(**{**page["setting"], "seed": 0})
-    data = train.load_data(run_)
-    model = page["Halves"](train.build_model(run_, data))
+    run = runs.Run(**{**page["setting"], "seed": 0})
+    data = train.load_data(run)
+    model = page["Halves"](train.build_model(run, data))
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
     seen = []
     norms[0].register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))

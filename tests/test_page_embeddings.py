@@ -1,48 +1,27 @@
 """The page on embeddings: its mathematics, its helpers by hand, any state of the store."""
 
-import ast
 import warnings
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch.nn import functional as F
 
-from hcl import geometry, project_root, runs, sweeps
+from hcl import geometry, runs, sweeps
 
-ROOT = project_root()
-PAGE = ROOT / "book" / "images" / "embeddings.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {c.id: c.source for c in CELLS if c.cell_type == "code"}
-NAMES = [name for name in CODE if not name.endswith("umap")]  # UMAP compiles itself for long
+PAGE = Page("images/embeddings")
+NAMES = [name for name in PAGE.body if not name.endswith("umap")]  # UMAP compiles itself for long
 LAB = NAMES[NAMES.index("lab-read") :]
 TINY = {"epochs": 1, "seeds": [0, 1], "betas": [1.0, 2.0], "temperatures": [0.5]}
 
 
-def run(name, page):
-    """One cell; hands back the value of its last line."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    found = eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-    plt.close("all")
-    return found
-
-
-def execute(names, page):
+def execute(*names, **given):
     """Cells in order; hands back their variables and what each showed as text."""
-    shown: dict[str, list] = {}
-    for name in names:
-        shown[name] = []
-        page["display"] = shown[name].append
-        shown[name].append(run(name, page))
-        if name == "parameters":
-            page.update(TINY)
-    said = {n: "\n".join(getattr(x, "data", "") for x in found) for n, found in shown.items()}
-    return page, said
+    page, shown = PAGE.outputs(*names, **given)
+    return page, {name: output.text for name, output in shown.items()}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +30,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a linear probe after one epoch need not converge
         patch.setenv("HCL_RUNS", str(tmp_path_factory.mktemp("runs")))
-        return execute(NAMES, {})
+        return execute(*NAMES, **TINY)
 
 
 @pytest.fixture
@@ -96,9 +75,8 @@ def test_different_class_pairs_cannot_lie_below_the_bound(dim):
 
 def solution(start, page):
     """Run the block of code among the solutions that starts so."""
-    source = next(c.source for c in CELLS if c.id == "exercises")
-    block = source[source.index(f"    {start}") :].split("\n\n")[0].split("\n```")[0]
-    exec("\n".join(line.removeprefix("    ") for line in block.splitlines()), page)
+    (block,) = (block for block in PAGE.solutions() if block.startswith(start))
+    exec(block, page)
     plt.close("all")
 
 
@@ -205,8 +183,8 @@ def test_the_page_runs_where_nothing_is_recorded(whole):
 
 def test_the_page_runs_where_some_is_recorded(page, tmp_path, monkeypatch):
     monkeypatch.setenv("HCL_RUNS", str(tmp_path))
-    study = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")
-    base = {name: value for name, value in vars(study[0]).items() if name != "seed"}
+    listed = study()
+    base = {name: value for name, value in vars(listed[0]).items() if name != "seed"}
     arms = [
         {"method": "nt_xent", "temperature": [0.5, 0.2]},
         {"method": "hard", "beta": [1.0, 2.0, 8.0], "tau_plus": 0.0},
@@ -214,29 +192,24 @@ def test_the_page_runs_where_some_is_recorded(page, tmp_path, monkeypatch):
         {"method": "scl"},
     ]
     wanted = sweeps.expand(base, [{**arm, "seed": [0, 1]} for arm in arms])
-    assert {run_.digest for run_ in wanted} <= {run_.digest for run_ in study}
-    for run_ in wanted:
-        record(run_, keep=run_.seed == 0)
-    found, said = execute(LAB, page)
+    assert {run.digest for run in wanted} <= {run.digest for run in listed}
+    for run in wanted:
+        record(run, keep=run.seed == 0)
+    found, said = execute(*LAB, into=page)
     assert said["lab-read"].startswith(f"{len(wanted)} of ")
     assert len(found["z_lab"]) == 7
     assert "over 10 runs" in said["order"]  # at one temperature, without labels
     assert "over 12 runs" in said["order"]  # and with them
 
 
-def record(run_, *, keep, n=60):
-    generator = torch.Generator().manual_seed(int(run_.digest[:4], 16))
+def record(run, *, keep, n=60):
+    generator = torch.Generator().manual_seed(int(run.digest[:4], 16))
     z = F.normalize(torch.randn(n, 8, generator=generator), dim=1).numpy()
     names = ("knn", "linear", "overlap", "alignment", "uniformity")
     metrics = dict(zip(names, torch.rand(5, generator=generator).tolist(), strict=True))
-    made = {"commit": "0" * 40, "clean": True, "code": "a", "device": "x", "date": "2026-01-01"}
-    cost = {"seconds": 1.0, "images_per_second": 1.0, "peak_memory_bytes": 1}
-    made_of = runs.Record(run=run_, metrics=metrics, history=[], cost=cost, provenance=made)
     arrays = {"z": z.astype(np.float16), "labels": np.arange(n) % 10, "of": n}
-    runs.save(made_of, arrays=arrays if keep else None)
+    runs.save(made_up_record(run, metrics), arrays=arrays if keep else None)
 
 
 def test_every_parameter_is_used():
-    names = {t.id for line in ast.parse(CODE["parameters"]).body for t in line.targets}
-    rest = ast.parse("\n".join(source for name, source in CODE.items() if name != "parameters"))
-    assert names <= {node.id for node in ast.walk(rest) if isinstance(node, ast.Name)}
+    assert not PAGE.unused_parameters()

@@ -1,53 +1,26 @@
 """The page on the four losses: its formulas are the library's, its sentences follow its tables."""
 
-import ast
 import math
 import re
 
-import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch.nn import functional as F
 
-from hcl import compare, losses, project_root, runs, sphere, sweeps
-from hcl.notebooks import parameters
-from hcl.runs import Record
+from hcl import compare, losses, runs, sphere
 
-PAGE = project_root() / "book" / "supervised" / "four-losses.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-TEXT = {cell.id: cell.source for cell in CELLS if cell.cell_type == "markdown"}
-LAB = [name for name in CODE if name.startswith("lab-")] + ["made-by", "records"]
-SECONDS = {"seconds": 60.0}
-
-
-def run(name, page, *, keep=None):
-    """A code cell; hands back the value of its last line where that is one."""
-    body = [node for node in ast.parse(CODE[name]).body if keep is None or keep(node)]
-    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-    exec(compile(ast.Module(body, []), name, "exec"), page)
-    return eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-
-
-def helper(node):
-    """A function, or the assignment of a name in capitals."""
-    target = node.targets[0] if isinstance(node, ast.Assign) else None
-    return isinstance(node, ast.FunctionDef) or (
-        isinstance(target, ast.Name) and target.id.isupper()
-    )
+PAGE = Page("supervised/four-losses")
+LAB = [name for name in PAGE.code if name.startswith("lab-")] + ["made-by", "records"]
 
 
 @pytest.fixture
 def page():
     """The page's variables, with every helper and nothing trained."""
-    found: dict[str, object] = {}
-    for name in CODE:
-        run(name, found, keep=None if name in ("parameters", "imports") else helper)
+    found = PAGE.define(*PAGE.body)
     found["main"] = 0.5
-    yield found
-    plt.close("all")
+    return found
 
 
 def views(seed, images=12, labels=4):
@@ -72,9 +45,7 @@ def scores(z1, z2, y, t):
 
 
 def test_every_parameter_is_used():
-    rest = "\n".join(source for name, source in CODE.items() if name != "parameters")
-    for name in parameters(PAGE):
-        assert re.search(rf"\b{name}\b", rest), name
+    assert not PAGE.unused_parameters()
 
 
 @pytest.mark.parametrize("t", [0.5, 0.2])
@@ -141,8 +112,7 @@ def test_the_pulls_are_those_of_the_solution():
 
 
 def test_the_solution_on_pushes_runs_and_finds_some(page, capsys):
-    run("by-hand", page)
-    run("solution-pull", page)
+    PAGE.run("by-hand", "solution-pull", into=page)
     said = dict(re.findall(r"(\w+): (\d+)%", capsys.readouterr().out))
     assert int(said["SupCon"]) > 0
     assert int(said["SCL"]) == 0
@@ -156,7 +126,7 @@ def test_large_classes_have_the_share_of_pairs_that_the_solution_says(n):
     large, small = 6 * n * (6 * n - 1), 2 * n * (2 * n - 1)
     assert share.item() == pytest.approx(large / (large + small))
     assert n < 50 or share.item() == pytest.approx(0.9, abs=0.005)
-    assert "tends to $9/10$, against" in TEXT["solution-pull-end"]
+    assert "tends to $9/10$, against" in PAGE.text["solution-pull-end"]
 
 
 @pytest.mark.parametrize(("coarse", "share"), [(10, "4/49"), (2, "4/9")])
@@ -166,7 +136,7 @@ def test_the_share_of_hard_negatives_is_the_one_in_the_text(coarse, share):
     group = world.coarse_train[:, None] == world.coarse_train
     top, bottom = map(int, share.split("/"))
     assert ((other & group).sum() / other.sum()).item() == pytest.approx(top / bottom)
-    assert f"${share}$" in TEXT["groups-intro"]
+    assert f"${share}$" in PAGE.text["groups-intro"]
 
 
 # --- the sentences
@@ -252,38 +222,31 @@ def invent(wanted):
     """Records of Runs, as if they had been trained."""
     for number, wish in enumerate(wanted):
         metrics = {"knn": 0.4 + number / 1000, "linear": 0.5 + number / 1000, "loss": 1.0}
-        made = {"commit": "0" * 40, "clean": True, "code": "c", "device": "CPU", "date": "2026"}
-        runs.save(Record(run=wish, metrics=metrics, history=[], cost=SECONDS, provenance=made))
-
-
-def lab(page):
-    """The cells on the recorded study; what they show, by name."""
-    return {name: run(name, page) for name in LAB}
+        runs.save(made_up_record(wish, metrics))
 
 
 def test_the_page_can_do_without_records(page):
-    shown = lab(page)
-    assert re.fullmatch(r"0 of \d+ are recorded\.", shown["lab-read"].data)
-    assert shown["lab-claim"].data == "Nothing is recorded yet."
-    assert not plt.get_fignums()
+    _, shown = PAGE.outputs(*LAB, into=page)
+    assert re.fullmatch(r"0 of \d+ are recorded\.", shown["lab-read"].value)
+    assert shown["lab-claim"].value == "Nothing is recorded yet."
+    assert not any(output.drawn for output in shown.values())
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 @pytest.mark.parametrize("methods", [["scl"], ["nt_xent", "hard"], ["scl", "hard_scl", "supcon"]])
 def test_the_page_can_do_with_some_records(page, seeds, methods):
-    study = sweeps.load_study(project_root() / "book/profiles/cifar10-lab.yml")
-    invent([r for r in study if r.seed in seeds and r.method in methods and r.epochs == 5])
-    shown = lab(page)
-    assert not shown["lab-read"].data.startswith("0 of")
+    invent([r for r in study() if r.seed in seeds and r.method in methods and r.epochs == 5])
+    _, shown = PAGE.show(*LAB, into=page)
+    assert not shown["lab-read"].startswith("0 of")
     assert set(page["lab"]["method"]) == set(methods)
-    assert "Nothing" not in shown["lab-claim"].data
+    assert "Nothing" not in shown["lab-claim"]
 
 
 def test_with_all_records_no_cell_is_a_mixture(page):
     """A filter that is forgotten lets two kinds of runs of one seed into one cell."""
-    invent(sweeps.load_study(project_root() / "book/profiles/cifar10-lab.yml"))
-    shown = lab(page)
-    found, wanted = map(int, re.findall(r"\d+", shown["lab-read"].data))
+    invent(study())
+    _, shown = PAGE.show(*LAB, into=page)
+    found, wanted = map(int, re.findall(r"\d+", shown["lab-read"]))
     assert found == wanted
     df = page["lab_trained"]
     assert not df.duplicated(["label", "temperature", "seed"]).any()
@@ -291,4 +254,4 @@ def test_with_all_records_no_cell_is_a_mixture(page):
     assert set(df["data"]) == {"cifar10"}
     assert (df[["epochs", "batch"]] == [5, 256]).all().all()
     assert any(label.startswith("H-SCL cos≥") for label in df["label"])
-    assert "H-SCL has the higher mean" in shown["lab-claim"].data
+    assert "H-SCL has the higher mean" in shown["lab-claim"]

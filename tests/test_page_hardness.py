@@ -1,38 +1,18 @@
 """The page on hardness: its sentences tell what was put in, its filter finds its own Records."""
 
-import ast
 import math
 import warnings
 
-import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 
-from hcl import compare, losses, project_root, runs, sweeps
-from hcl.runs import Record
+from hcl import compare, losses, runs, sweeps
 
-PAGE = project_root() / "book" / "images" / "hardness.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-STUDY = sweeps.load_study(project_root() / "book" / "profiles" / "cifar10-lab.yml")
+PAGE = Page("images/hardness")
+STUDY = study()
 RISES = {0.0: 0.0, 0.5: 0.02, 1.0: 0.04, 2.0: 0.03, 4.0: 0.02, 8.0: -0.01}  # by beta, at t = 0.5
-
-
-def execute(*names, page=None, **given):
-    """Cells of the page in order; hands back its variables and what each cell showed."""
-    page, shown = {} if page is None else page, {}
-    for name in names:
-        tree = ast.parse(CODE[name])
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), page)
-        value = eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-        shown[name] = getattr(value, "data", value)
-        if name == "parameters":
-            page.update(given)
-        plt.close("all")
-    return page, shown
 
 
 def made_up(run):
@@ -41,12 +21,7 @@ def made_up(run):
     noise = int(run.digest[:4], 16) / 65535 * 0.001
     value = 0.5 + 0.02 * run.seed + effect + noise - 0.2 * (run.epochs == 0)
     names = ("loss", "knn", "linear", "alignment", "uniformity", "overlap", "clamp_share")
-    return Record(
-        run=run, metrics=dict.fromkeys(names, value), history=[],
-        cost={"seconds": 60.0, "images_per_second": 1.0, "peak_memory_bytes": 1},
-        provenance={"code": "abc", "commit": "1234567", "clean": True, "device": "CPU",
-                    "torch": "2", "date": "2026-01-01T00:00:00"},
-    )  # fmt: skip
+    return made_up_record(run, dict.fromkeys(names, value))
 
 
 def read(monkeypatch, store, recorded=()):
@@ -57,7 +32,7 @@ def read(monkeypatch, store, recorded=()):
     monkeypatch.setattr(sweeps, "record", lambda wanted, **_: [made_up(r) for r in wanted])
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        return execute(*CODE)
+        return PAGE.show(*PAGE.body)
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +148,10 @@ def test_nothing_recorded_is_said_and_nothing_trained(monkeypatch, tmp_path):
 
 def test_with_a_class_prior_the_page_has_those_arms_too(monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "record", lambda wanted, **_: [made_up(r) for r in wanted])
-    names = [n for n in CODE if n not in ("pairs", "data-figure")]
+    names = [n for n in PAGE.body if n not in ("pairs", "data-figure")]
     given = {"betas": [0.5, 1.0], "betas_debiased": [1.0], "tau_plus": 0.1, "seeds": [0, 1]}
     monkeypatch.setenv("HCL_RUNS", str(tmp_path))
-    page, shown = execute(*names[: names.index("verdict") + 1], **given)
+    page, shown = PAGE.show(*names[: names.index("verdict") + 1], **given)
     assert set(page["df"]["label"]) == {
         "SimCLR", "Debiased", "HCL β=0.5", "HCL β=1", "HCL β=1, τ⁺=0.1",
     }  # fmt: skip
@@ -186,17 +161,14 @@ def test_with_a_class_prior_the_page_has_those_arms_too(monkeypatch, tmp_path):
 def test_one_temperature_and_one_seed_will_do(monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "record", lambda wanted, **_: [made_up(r) for r in wanted])
     monkeypatch.setenv("HCL_RUNS", str(tmp_path))
-    names = [n for n in CODE if n not in ("pairs", "data-figure")]
+    names = [n for n in PAGE.body if n not in ("pairs", "data-figure")]
     upto = names[: names.index("baseline-words") + 1]
-    _, shown = execute(*upto, temperatures=[0.5], seeds=[0])
+    _, shown = PAGE.show(*upto, temperatures=[0.5], seeds=[0])
     assert "one seed: no standard error" in shown["verdict"]
 
 
 def test_every_parameter_is_used():
-    names = [line.split(" =")[0] for line in CODE["parameters"].splitlines()]
-    rest = ast.parse("\n".join(source for name, source in CODE.items() if name != "parameters"))
-    used = {node.id for node in ast.walk(rest) if isinstance(node, ast.Name)}
-    assert set(names) <= used
+    assert not PAGE.unused_parameters()
 
 
 def test_the_page_uses_the_project_s_helpers_and_says_who_made_the_records(whole):

@@ -1,55 +1,29 @@
 """The page on the inequality: theorem and bounds on random input, helpers on made-up frames."""
 
-import ast
 import math
 import re
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from hcl import ordering, project_root, runs, sweeps
-from hcl.notebooks import parameters
-from hcl.runs import Record
+from hcl import ordering, runs
 
-PAGE = project_root() / "book" / "supervised" / "inequality.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-TEXT = {cell.id: cell.source for cell in CELLS if cell.cell_type == "markdown"}
-LAB = [name for name in CODE if name.startswith("lab-")] + ["made-by", "records"]
+PAGE = Page("supervised/inequality")
+LAB = [name for name in PAGE.code if name.startswith("lab-")] + ["made-by", "records"]
 LOSSES = ("ucl", "h_ucl", "scl", "h_scl")
-
-
-def run(name, page, *, keep=None):
-    """A code cell; hands back the value of its last line where that is one."""
-    body = [node for node in ast.parse(CODE[name]).body if keep is None or keep(node)]
-    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-    exec(compile(ast.Module(body, []), name, "exec"), page)
-    return eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-
-
-def helper(node):
-    """A function, or the assignment of a name in capitals."""
-    target = node.targets[0] if isinstance(node, ast.Assign) else None
-    return isinstance(node, ast.FunctionDef) or (
-        isinstance(target, ast.Name) and target.id.isupper()
-    )
 
 
 @pytest.fixture
 def page():
     """The page's variables, with every helper and nothing trained."""
-    found: dict[str, object] = {}
-    for name in CODE:
-        run(name, found, keep=None if name in ("parameters", "imports") else helper)
+    found = PAGE.define(*PAGE.body)
     found |= {"main": 0.5, "batch": 40, "betas": [0.0, 1.0, 8.0]}
-    yield found
-    plt.close("all")
+    return found
 
 
 def views(seed, images=10, classes=3, d=4):
@@ -77,9 +51,7 @@ def tilted(cosines, t, beta):
 
 
 def test_every_parameter_is_used():
-    rest = "\n".join(source for name, source in CODE.items() if name != "parameters")
-    for name in parameters(PAGE):
-        assert re.search(rf"\b{name}\b", rest), name
+    assert not PAGE.unused_parameters()
 
 
 # --- the mathematics
@@ -138,16 +110,15 @@ def test_at_the_end_no_anchor_is_out_of_order(page):
 
 
 def test_the_checks_of_the_page_find_no_exception(page):
-    run("check", page)
+    _, shown = PAGE.show("check", "harris-check", into=page)
     assert (page["checked"]["both agree"] == page["checked"]["of"]).all()
     assert (page["checked"]["assumption holds"] == page["checked"]["H-SCL ≤ H-UCL"]).all()
-    said = run("harris-check", page).data
-    assert said == "In 12 of 12 batches no anchor is out of this order."
+    assert shown["harris-check"] == "In 12 of 12 batches no anchor is out of this order."
 
 
 def test_antipodes_fail_at_every_anchor(page):
     page["draw"] = torch.Generator().manual_seed(1)
-    table = run("solution-antipodes", page)
+    table = PAGE.show("solution-antipodes", into=page)[1]["solution-antipodes"]
     assert (table["share"] == 0).all()
     gaps = table["H-SCL − H-UCL"]
     assert gaps.iloc[0] > 0
@@ -156,7 +127,7 @@ def test_antipodes_fail_at_every_anchor(page):
 
 
 def test_the_numbers_of_the_last_solution():
-    text = TEXT["solution-antipodes-end"]
+    text = PAGE.text["solution-antipodes-end"]
     assert math.log(1 / 0.9) == pytest.approx(0.105, abs=5e-4)
     assert math.log(0.9 + 0.1 * math.e**2) == pytest.approx(0.49, abs=5e-3)
     assert -math.log(0.9 + 0.1 * 0.96) == pytest.approx(0.004, abs=5e-5)
@@ -258,40 +229,36 @@ def invent(wanted):
         if wish.epochs > 5 and wish.watch == "none":
             continue  # the page does not look at them
         values = dict(zip(("assumption", "knn", *LOSSES), draw.random(6), strict=True))
-        made = {"commit": "0" * 40, "clean": True, "code": "c", "device": "CPU", "date": "2026"}
         z = draw.normal(size=(90, 4))
         z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16)
+        looks = [{"epoch": e, **values} for e in (0, 5) if wish.watch == "losses"]
         runs.save(
-            Record(
-                run=wish, metrics={"knn": 0.5, "linear": 0.5}, cost={"seconds": 60.0},
-                provenance=made,
-                history=[{"epoch": e, **values} for e in (0, 5)] if wish.watch == "losses" else [],
-            ),
+            made_up_record(wish, {"knn": 0.5, "linear": 0.5}, looks),
             arrays={"z": z, "labels": draw.integers(10, size=90), "of": 90},
-        )  # fmt: skip
+        )
 
 
 def test_the_page_can_do_without_records(page):
-    shown = {name: run(name, page) for name in LAB}
-    assert re.fullmatch(r"0 of \d+ are recorded\.", shown["lab-read"].data)
+    _, shown = PAGE.outputs(*LAB, into=page)
+    assert re.fullmatch(r"0 of \d+ are recorded\.", shown["lab-read"].value)
     for name in ("lab-verdict", "lab-shares-words"):
-        assert shown[name].data == "- Nothing is recorded yet."
-    assert not plt.get_fignums()
+        assert shown[name].value == "- Nothing is recorded yet."
+    assert not any(output.drawn for output in shown.values())
 
 
 @pytest.mark.parametrize(
     "part", [{"watch": "losses"}, {"method": "hard_scl"}, {"seed": 0}, {}], ids=str
 )
 def test_the_page_can_do_with_some_records(page, part):
-    study = sweeps.load_study(project_root() / "book/profiles/cifar10-lab.yml")
-    wanted = [r for r in study if all(getattr(r, k) == v for k, v in part.items())]
+    wanted = [r for r in study() if all(getattr(r, k) == v for k, v in part.items())]
     invent(wanted)
-    shown = {name: run(name, page) for name in LAB}
+    _, shown = PAGE.show(*LAB, into=page)
     watched = [r for r in wanted if r.watch == "losses"]
-    assert shown["lab-read"].data.startswith(f"{len(watched)} of ")
-    assert ("Nothing" in shown["lab-verdict"].data) == (not watched)
+    assert shown["lab-read"].startswith(f"{len(watched)} of ")
+    assert ("Nothing" in shown["lab-verdict"]) == (not watched)
     df = page["labelled"]
     assert not df.duplicated(["label", "seed"]).any()
     assert set(page["watched_df"]["method"]) <= {"hard"}
     page |= {"seen": seen(0.9), "trained": [1]}
-    assert ("CIFAR-10" in run("paper-words", page).data) == bool(watched)
+    _, shown = PAGE.show("paper-words", into=page)
+    assert ("CIFAR-10" in shown["paper-words"]) == bool(watched)

@@ -4,23 +4,18 @@ import ast
 import dataclasses
 import math
 import re
-import textwrap
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from cells import Page, made_up_record, study
 
-from hcl import notebooks, project_root, runs, sweeps
+from hcl import notebooks, runs
 
-ROOT = project_root()
-PAGE = ROOT / "book" / "images" / "learning-speed.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-PROSE = " ".join(" ".join(c.source for c in CELLS if c.cell_type == "markdown").split())
-STUDY = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")
-LAB = [name for name in CODE if name.startswith(("lab-", "paper-", "records"))]
+PAGE = Page("images/learning-speed")
+PROSE = " ".join(PAGE.prose.split())
+STUDY = study()
+LAB = [name for name in PAGE.code if name.startswith(("lab-", "paper-", "records"))]
 BLOCK = [r for r in STUDY if r.eval_every]
 TINY = {
     "n_train": 64, "batch": 32, "epochs": 2, "hidden_dim": 8, "out_dim": 4, "seeds": [0],
@@ -28,41 +23,11 @@ TINY = {
 }  # fmt: skip
 
 
-def run(name, page):
-    """A cell of the page, and the text or table of its last line."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    found = eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-    plt.close("all")
-    return getattr(found, "data", found)
-
-
-def execute(names, page=None, **given):
-    """Cells in order, with other parameters: their variables, and what each showed."""
-    page, shown = {} if page is None else page, {}
-    for name in names:
-        shown[name] = run(name, page)
-        if name == "parameters":
-            assert set(given) <= set(page)
-            page.update(given)
-    return page, shown
-
-
-def define(page, *names):
-    """The functions of some cells, without what the cells then do."""
-    for name in names:
-        kept = [n for n in ast.parse(CODE[name]).body if isinstance(n, ast.FunctionDef)]
-        exec(compile(ast.Module(kept, []), name, "exec"), page)
-    return page
-
-
 @pytest.fixture(scope="module")
 def page():
-    return define(
-        execute(("parameters", "imports", "crossing"))[0],
-        "needed", "verdict", "match", "match-words", "temperature", "vertical",
-    )  # fmt: skip
+    return PAGE.define(
+        "crossing", "needed", "verdict", "match", "match-words", "temperature", "vertical"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +35,7 @@ def whole(tmp_path_factory):
     """All of the page in a tiny form, where nothing is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCL_RUNS", str(tmp_path_factory.mktemp("runs")))
-        return execute(CODE, **TINY)
+        return PAGE.show(*PAGE.body, **TINY)
 
 
 # --- the mathematics
@@ -88,7 +53,7 @@ def test_a_crossing_is_on_the_line_between_two_looks(page, bar, at):
         assert np.interp(found, epochs, accuracies) == pytest.approx(bar)
 
 
-def test_a_flat_curve_is_faster_than_itself(page):
+def test_a_flat_curve_is_faster_than_itself():
     """Equation speed-noise, and that of the exercise, by counting every order of five looks."""
     from itertools import permutations
 
@@ -221,9 +186,7 @@ def test_matches_are_crossings_of_every_height(page):
 
 def test_the_page_runs_and_every_parameter_is_used(whole):
     page, shown = whole
-    names = {n.id for name in CODE if name != "parameters" for n in ast.walk(ast.parse(CODE[name]))
-             if isinstance(n, ast.Name)}  # fmt: skip
-    assert set(notebooks.parameters(PAGE)) <= names
+    assert not PAGE.unused_parameters()
     assert len(page["df"]) == 5
     assert sorted(page["looks"]["epoch"].unique()) == [0, 1, 2]
     assert page["looks"]["arm"].nunique() == 5
@@ -235,9 +198,7 @@ def test_the_page_runs_and_every_parameter_is_used(whole):
 
 
 def test_the_code_of_the_exercises_runs(whole, capsys):
-    text = next(c.source for c in CELLS if c.id == "exercises")
-    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.MULTILINE)
-    snippets = [textwrap.dedent(block) for block in blocks if block.strip()]
+    snippets = PAGE.solutions()
     assert len(snippets) == 3
     for snippet in snippets:
         exec(snippet, dict(whole[0]))
@@ -248,10 +209,7 @@ def record(r, top, rate):
     """A Record of a Run that was never trained, with a smooth history."""
     seen = range(0, r.epochs + 1, r.eval_every)
     history = [{"epoch": e, "knn": top - 0.2 * math.exp(-e / rate) + 0.01 * r.seed} for e in seen]
-    made = {"code": "c", "commit": "a" * 40, "clean": True, "device": "none", "date": "2026-01-02"}
-    cost = {"seconds": 1.0, "images_per_second": 1.0, "peak_memory_bytes": 1}
-    metrics = {"knn": history[-1]["knn"], "linear": 0.5}
-    return runs.Record(run=r, metrics=metrics, history=history, cost=cost, provenance=made)
+    return made_up_record(r, {"knn": history[-1]["knn"], "linear": 0.5}, history)
 
 
 def test_recorded_histories_are_read_and_told(whole):
@@ -262,7 +220,7 @@ def test_recorded_histories_are_read_and_told(whole):
     plain = next(r for r in STUDY if not r.eval_every and r.epochs)
     looked = dataclasses.replace(plain, eval_every=1)
     runs.save(dataclasses.replace(record(looked, 0.4, 5.0), run=plain, history=[]))
-    shown = execute(LAB, dict(whole[0]))[1]
+    shown = PAGE.show(*LAB, into=dict(whole[0]))[1]
     n = len(BLOCK)
     assert shown["lab-read"].startswith(f"{n} of {n} are recorded")
     assert list(shown["lab-needed"].index)
@@ -279,7 +237,7 @@ def test_some_records_do_for_some_of_the_sentences(whole, keep):
     for r in BLOCK:
         if (r.method, r.temperature) == keep and r.seed < 2:
             runs.save(record(r, 0.4, 5.0))
-    shown = execute(LAB, dict(whole[0]))[1]
+    shown = PAGE.show(*LAB, into=dict(whole[0]))[1]
     assert shown["lab-read"].startswith("2 of ")
     own = keep == ("nt_xent", 0.5)
     assert ("Too little" in str(shown["lab-verdict"])) != own
@@ -301,11 +259,9 @@ PAPER_FORM = {
 @pytest.mark.parametrize(("form", "n"), [(LAB_FORM, 12), (PAPER_FORM, 6)])
 def test_the_larger_forms_read_runs_of_their_study(form, n):
     """With these parameters every Run of the page is one of the study, so nothing is trained."""
-    page = execute(("parameters", "imports"))[0]
-    page.update(notebooks.checked(PAGE, form))
-    tree = ast.parse(CODE["train"])
+    page = PAGE.run(**notebooks.checked(PAGE.path, form))
+    tree = ast.parse(PAGE.code["train"])
     exec(compile(ast.Module(tree.body[:-2], []), "train", "exec"), page)
     assert len(page["asked"]) == n
-    listed = sweeps.load_study(ROOT / "book" / "profiles" / f"{form['study']}.yml")
-    looked_at = {r.digest for r in listed if r.eval_every}
+    looked_at = {r.digest for r in study(form["study"]) if r.eval_every}
     assert {r.digest for r in page["asked"]} <= looked_at

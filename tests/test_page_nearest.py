@@ -1,49 +1,20 @@
 """The page on the hardest negatives: its formulas, its counting, and what it says of any store."""
 
-import ast
 import math
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch.nn import functional as F
 
-from hcl import probe, project_root, runs, sweeps, train
+from hcl import probe, runs, sweeps, train
 
-ROOT = project_root()
-PAGE = ROOT / "book" / "images" / "nearest.ipynb"
-CODE = {c.id: c.source for c in nbformat.read(PAGE, as_version=4).cells if c.cell_type == "code"}
-NAMES = list(CODE)
-LAB = NAMES[NAMES.index("lab-read") :]
+PAGE = Page("images/nearest")
+LAB = PAGE.body[PAGE.body.index("lab-read") :]
 TINY = {"epochs": 1, "seeds": [0, 1], "betas": [1.0], "anchors": 1, "crowd": 64}
 TINY |= {"ks": [1, 10, 50], "weight_betas": [0.0, 1.0]}
-
-
-def run(name, page):
-    """One cell; hands back the value of its last line."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    found = eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-    plt.close("all")
-    return found
-
-
-def execute(names, page, shown):
-    for name in names:
-        page["display"] = lambda x, name=name: shown.setdefault(name, []).append(x)
-        found = run(name, page)
-        if name == "parameters":
-            page.update(TINY)
-        shown.setdefault(name, []).append(found)
-    return page
-
-
-def text(shown, name):
-    return "\n".join(x.data for x in shown[name] if hasattr(x, "data"))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +23,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCL_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("HCL_DATA", str(tmp_path_factory.mktemp("data")))
-        shown: dict[str, list] = {}
-        return execute(NAMES, {}, shown), shown
+        return PAGE.outputs(*PAGE.body, **TINY)
 
 
 @pytest.fixture
@@ -102,7 +72,7 @@ def test_the_mixture_has_weights_that_sum_to_one_and_move_to_the_first():
         assert m.sum().item() == pytest.approx(1)
         if near is not None:
             assert m[0].item() == pytest.approx(near, abs=1e-3)  # all alike, or the hardest alone
-    assert CODE["weigh"].count("torch.arange(1, len(z)) * (q[:, :-1] - q[:, 1:])") == 1
+    assert PAGE.code["weigh"].count("torch.arange(1, len(z)) * (q[:, :-1] - q[:, 1:])") == 1
 
 
 def test_the_order_ignores_the_temperature_and_the_weight_knows_the_ratio(page):
@@ -123,13 +93,10 @@ def test_the_gradient_of_simclr_goes_with_the_weights_at_beta_one():
 
 
 def test_the_solution_on_the_slope_runs_and_the_other_one_too(page):
-    cells = nbformat.read(PAGE, as_version=4).cells
-    source = next(c.source for c in cells if c.id == "exercises")
-    blocks = [part for part in source.split("\n\n") if part.startswith("    ")]
+    blocks = PAGE.solutions()
     assert len(blocks) == 2
     for block in blocks:
-        lines = [line.removeprefix("    ") for line in block.splitlines()]
-        exec("\n".join(line for line in lines if not line.startswith("```")), page)
+        exec(block, page)
 
 
 # --- what the page counts
@@ -191,7 +158,7 @@ def test_the_order_is_read_off_its_sign(page, shares, says):
     accuracy = [0.1, 0.2, 0.3, 0.4, 0.5]
     page["lab_shares"] = pd.DataFrame({page["NAMES"]["knn"]: accuracy}, index=names)
     for name in ("order", "order_words"):
-        source = CODE["lab-order"].split(f"def {name}(")[1].split("\n\n\n")[0]
+        source = PAGE.code["lab-order"].split(f"def {name}(")[1].split("\n\n\n")[0]
         exec(f"def {name}({source}", page)
     assert says in page["order_words"](10)
 
@@ -201,25 +168,24 @@ def test_the_order_is_read_off_its_sign(page, shares, says):
 
 def test_the_page_runs_where_nothing_is_recorded(whole):
     _, shown = whole
-    assert text(shown, "lab-read").startswith("0 of ")
-    assert "Nothing is recorded yet" in text(shown, "lab-read")
-    assert "too few" in text(shown, "lab-order")
-    assert "base rate" in text(shown, "tally")
+    assert shown["lab-read"].text.startswith("0 of ")
+    assert "Nothing is recorded yet" in shown["lab-read"].text
+    assert "too few" in shown["lab-order"].text
+    assert "base rate" in shown["tally"].text
 
 
 def test_it_shows_no_pictures_of_a_set_that_is_not_there_and_says_how_to_get_it(
     whole, tmp_path, monkeypatch
 ):
-    page, shown = dict(whole[0]), {}
     monkeypatch.setenv("HCL_DATA", str(tmp_path))
     pretend(tmp_path, monkeypatch)
-    execute(LAB, page, shown)
+    page, shown = PAGE.outputs(*LAB, into=dict(whole[0]))
     assert page["world"] is None
-    said = text(shown, "lab-gallery")
+    said = shown["lab-gallery"].text
     assert "The pictures are not here" in said
     assert "hcl data" in said or "download" in said
-    assert text(shown, "lab-read").startswith("6 of ")
-    assert "5 losses without labels" in text(shown, "lab-order")
+    assert shown["lab-read"].text.startswith("6 of ")
+    assert "5 losses without labels" in shown["lab-order"].text
     assert list(page["lab_shares"].index) == [
         "SimCLR", "Debiased", "HCL β=1", "HCL β=2", "HCL β=4", "SCL"]  # fmt: skip
 
@@ -227,37 +193,29 @@ def test_it_shows_no_pictures_of_a_set_that_is_not_there_and_says_how_to_get_it(
 def pretend(folder, monkeypatch):
     """A store of six Records of the study, with random embeddings."""
     monkeypatch.setenv("HCL_RUNS", str(folder))
-    study = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")
     wanted = {("nt_xent", 0.0), ("debiased", 0.0), ("scl", 0.0)} | {("hard", b) for b in (1, 2, 4)}
-    for run_ in study:
-        plain = run_.digest in {r.digest for r in sweeps.expand(
+    for run in study():
+        plain = run.digest in {r.digest for r in sweeps.expand(
             {"data": "cifar10", "data_args": {"size": 16}, "encoder": "small", "epochs": 5},
-            [{"method": run_.method, "beta": run_.beta, "tau_plus": run_.tau_plus}])}  # fmt: skip
-        prior = 0.1 if run_.method == "debiased" else 0.0
-        if plain and (run_.method, run_.beta) in wanted and run_.tau_plus == prior:
-            record(run_)
+            [{"method": run.method, "beta": run.beta, "tau_plus": run.tau_plus}])}  # fmt: skip
+        prior = 0.1 if run.method == "debiased" else 0.0
+        if plain and (run.method, run.beta) in wanted and run.tau_plus == prior:
+            record(run)
 
 
-def record(run_, n=130):
-    generator = torch.Generator().manual_seed(int(run_.digest[:4], 16))
+def record(run, n=130):
+    generator = torch.Generator().manual_seed(int(run.digest[:4], 16))
     z = F.normalize(torch.randn(n, 8, generator=generator), dim=1).numpy()
     labels = torch.randint(10, (n,), generator=torch.Generator().manual_seed(0)).numpy()
     numbers = torch.rand(4, generator=generator).tolist()
     metrics = dict(zip(("knn", "linear", "overlap", "alignment"), numbers, strict=True))
-    made = {"commit": "0" * 40, "clean": True, "code": "a", "device": "x", "date": "2026-01-01"}
-    cost = {"seconds": 1.0, "images_per_second": 1.0, "peak_memory_bytes": 1}
-    found = runs.Record(
-        run=run_, metrics=metrics | {"uniformity": -1.0}, history=[], cost=cost, provenance=made
-    )
+    found = made_up_record(run, metrics | {"uniformity": -1.0})
     return runs.save(found, arrays={"z": z.astype(np.float16), "labels": labels, "of": n})
 
 
 def test_every_parameter_is_used():
-    names = {t.id for line in ast.parse(CODE["parameters"]).body for t in line.targets}
-    rest = ast.parse("\n".join(source for name, source in CODE.items() if name != "parameters"))
-    used = {node.id for node in ast.walk(rest) if isinstance(node, ast.Name)}
-    assert names <= used
+    assert not PAGE.unused_parameters()
 
 
 def test_the_weights_shown_are_the_librarys(whole):
-    assert "def negative_weights" in text(whole[1], "weights-source")
+    assert "def negative_weights" in whole[1]["weights-source"].text

@@ -3,66 +3,23 @@
 import ast
 import itertools
 import math
-import re
-import textwrap
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch.nn import functional as F
 
-from hcl import compare, losses, notebooks, project_root, runs, sweeps, train
+from hcl import compare, losses, notebooks, runs, train
 
-ROOT = project_root()
-PAGE = ROOT / "book" / "images" / "negatives.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-STUDY = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")
-LAB = [name for name in CODE if name.startswith(("lab-", "paper-", "records"))]
+PAGE = Page("images/negatives")
+STUDY = study()
+LAB = [name for name in PAGE.code if name.startswith(("lab-", "paper-", "records"))]
 TINY = {
     "n_train": 64, "batches": [4, 8], "matched_epochs": [1, 2], "groups": [4], "epochs": 1,
     "page_epochs": 2, "hidden_dim": 8, "out_dim": 4, "seeds": [0],
 }  # fmt: skip
-
-
-def run(name, page):
-    """A cell of the page, and the text or table of its last line."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    found = eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-    plt.close("all")
-    return getattr(found, "data", found)
-
-
-def execute(names, page=None, **given):
-    """Cells in order, with other parameters: their variables, and what each showed."""
-    page, shown = {} if page is None else page, {}
-    for name in names:
-        shown[name] = run(name, page)
-        if name == "parameters":
-            assert set(given) <= set(page)
-            page.update(given)
-    return page, shown
-
-
-def definitions(*names):
-    """The functions and constants of some cells, without what the cells then do."""
-    page = execute(("parameters", "imports"))[0]
-    for name in names:
-        body = ast.parse(CODE[name]).body
-        kept = [n for n in body if isinstance(n, ast.FunctionDef) or named(n).isupper()]
-        exec(compile(ast.Module(kept, []), name, "exec"), page)
-    return page
-
-
-def named(node):
-    """What an assignment assigns to."""
-    one = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    return node.targets[0].id if one else ""
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +27,12 @@ def whole(tmp_path_factory):
     """All of the page in a tiny form, where nothing is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCL_RUNS", str(tmp_path_factory.mktemp("runs")))
-        return execute(CODE, **TINY)
+        return PAGE.show(*PAGE.body, **TINY)
 
 
 def record(run, **metrics):
     """A Record of a Run that was never trained."""
-    accuracies = {"knn": 0.5, "linear": 0.5, **metrics}
-    made = {"code": "c", "commit": "a" * 40, "clean": True, "device": "none", "date": "2026-01-02"}
-    cost = {"seconds": 1.0, "images_per_second": 1.0, "peak_memory_bytes": 1}
-    return runs.Record(run=run, metrics=accuracies, history=[], cost=cost, provenance=made)
+    return made_up_record(run, {"knn": 0.5, "linear": 0.5, **metrics})
 
 
 # --- the mathematics
@@ -93,7 +47,7 @@ def loss_of(s, p, beta):
 
 @pytest.mark.parametrize(("t", "beta"), [(0.5, 0.0), (0.2, 0.0), (0.5, 1.0), (0.3, 2.5)])
 def test_push_and_share_are_the_gradient_of_the_loss(t, beta):
-    page = definitions("measure")
+    page = PAGE.define("measure")
     z1, z2 = (F.normalize(torch.randn(6, 5).double(), dim=1) for _ in range(2))
     push, hardest = page["gradient"](z1, z2, t, beta)
     z, values = torch.cat([z1, z2]), []
@@ -117,7 +71,7 @@ def test_what_the_text_says_of_n():
     for t, n in ((0.5, 7), (0.2, 148), (0.1, 22026)):
         assert round(math.exp(1 / t)) == n
         assert n / (math.exp(1 / t) + n) == pytest.approx(0.5, abs=0.02)
-    text = " ".join("".join(c.source for c in CELLS).split())  # wherever the lines end
+    text = " ".join(PAGE.prose.split())  # wherever the lines end
     assert "7 at $t=0.5$, but 148 at $t=0.2$" in text
     assert "about 7, 148 and 22,026" in text
     one, p = [torch.tensor(0.3)], torch.tensor(1.0)
@@ -189,7 +143,7 @@ def test_with_one_group_the_loop_is_the_trainer(whole, tiny):
 
 
 def test_three_designs_hold_fixed_what_they_say():
-    given = notebooks.parameters(PAGE)
+    given = notebooks.parameters(PAGE.path)
     n, sizes = given["n_train"], given["batches"]
     updates = {b: n // b for b in sizes}
     assert [e * updates[b] for b, e in zip(sizes, given["matched_epochs"], strict=True)] == [48] * 3
@@ -219,7 +173,7 @@ def accuracy(method, t, n, seed):
 
 
 def test_differences_gains_and_their_change_are_those_of_the_formulas():
-    page = definitions("fewer", "gains")
+    page = PAGE.define("fewer", "gains")
     df = rows(accuracy)
     most = page["against_most"](df, "knn", ["design", "arm"]).set_index("arm")
     assert len(most) == 4
@@ -242,7 +196,7 @@ def test_differences_gains_and_their_change_are_those_of_the_formulas():
 
 
 def test_sentences_say_what_the_frame_has():
-    page = definitions("fewer", "gains", "verdict", "best")
+    page = PAGE.define("fewer", "gains", "verdict", "best")
     df = rows(accuracy)
     said = "\n".join(page["verdict"](df, "knn"))
     assert "N = 30 against 510: of 4 losses, 3 are lower and 0 higher" in said
@@ -262,7 +216,7 @@ def test_sentences_say_what_the_frame_has():
 
 
 def test_one_drop_minus_another():
-    page = definitions("why")
+    page = PAGE.define("why")
     df = rows(lambda m, t, n, k: (n == 510) * (0.05 if t == 0.2 else 0.02 + 0.02 * k))
     table = page["drop_minus_drop"](df, "knn", "SimCLR, t = 0.2", "SimCLR, t = 0.5")
     assert len(table) == 1
@@ -276,9 +230,7 @@ def test_one_drop_minus_another():
 
 def test_the_page_runs_and_every_parameter_is_used(whole):
     page, shown = whole
-    names = {n.id for name in CODE if name != "parameters" for n in ast.walk(ast.parse(CODE[name]))
-             if isinstance(n, ast.Name)}  # fmt: skip
-    assert set(notebooks.parameters(PAGE)) <= names
+    assert not PAGE.unused_parameters()
     df = page["df"]
     assert set(df["design"]) == {"equal epochs", "equal updates", "N alone"}
     assert set(df.loc[df["design"] == "N alone", "N"]) == {6, 14}
@@ -289,17 +241,15 @@ def test_the_page_runs_and_every_parameter_is_used(whole):
 
 
 def test_the_code_of_the_exercises_runs(whole, capsys):
-    text = next(c.source for c in CELLS if c.id == "exercises")
-    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.MULTILINE)
-    snippets = [textwrap.dedent(block) for block in blocks if block.strip()]
+    snippets = PAGE.solutions()
     assert len(snippets) == 2
     for snippet in snippets:
         exec(snippet, dict(whole[0]))
     assert capsys.readouterr().out
 
 
-def lab_cells(page, names=LAB):
-    return execute(names, dict(page))[1]
+def lab_cells(page):
+    return PAGE.show(*LAB, into=dict(page))[1]
 
 
 def asked():
@@ -364,10 +314,9 @@ def test_without_a_second_batch_nothing_is_said_of_n(whole, known):
 
 def planned(form):
     """The Runs that the page would ask for with other parameters, and its page's variables."""
-    page = definitions()
-    page.update(notebooks.checked(PAGE, form))
+    page = PAGE.run(**notebooks.checked(PAGE.path, form))
     for name, last in (("network", 3), ("designs", -2)):
-        tree = ast.parse(CODE[name])
+        tree = ast.parse(PAGE.code[name])
         exec(compile(ast.Module(tree.body[:last], []), name, "exec"), page)
     return [r for part in page["planned"].values() for r in part], page
 
@@ -398,7 +347,6 @@ def test_the_paper_form_reads_what_its_study_has():
             "protocol": "released",
         }
     )  # fmt: skip
-    listed = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-paper.yml")
-    there = {r.digest for r in listed}
+    there = {r.digest for r in study("cifar10-paper")}
     missing = {(r.method, r.batch) for r in wanted if r.digest not in there}
     assert missing <= {("debiased", b) for b in (16, 32, 64, 128)}  # the study has it at 256 alone

@@ -1,48 +1,24 @@
 """The page on queues: its formulas hold, its loop is the trainer's, its sentences count right."""
 
-import ast
 import math
 import warnings
 
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch.nn import functional as F
 
-from hcl import project_root, runs, sweeps, train
+from hcl import runs, sweeps, train
 from hcl.moco import MomentumQueue, queue_loss
-from hcl.runs import Record, Run
+from hcl.runs import Run
 
-PAGE = project_root() / "book" / "images" / "queue.ipynb"
-CELLS = nbformat.read(PAGE, as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
+PAGE = Page("images/queue")
 TINY = {"page_epochs": 1, "momenta": [0.5, 0.9], "seeds": [0, 1, 2], "queue": 256, "batch": 128}
 LAB = {
     "study": "cifar10-lab", "data": "cifar10", "size": 16, "n_train": 10_000, "encoder": "small",
     "epochs": 10, "batch": 256, "lr": 0.001, "hidden_dim": 512, "out_dim": 128, "queue": 4096,
     "betas_batch": [1.0], "half_epochs": 0,
 }  # fmt: skip
-
-
-def run(name, page):
-    """A cell of the page, and the value of its last line where that is an expression."""
-    tree = ast.parse(CODE[name])
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), page)
-    return eval(compile(ast.Expression(last.value), name, "eval"), page) if last else None
-
-
-def execute(*names, **given):
-    """Cells of the page in order; hands back its variables and what each cell showed."""
-    page, shown = {}, {}
-    for name in names:
-        value = run(name, page)
-        shown[name] = getattr(value, "data", value)
-        if name == "parameters":
-            page.update(given)
-        plt.close("all")
-    return page, shown
 
 
 def made_up(run):
@@ -54,12 +30,7 @@ def made_up(run):
     history = [{"epoch": e, "knn": 0.1 * e, "loss": 1.0} for e in range(0, 8, 2)] * bool(
         run.eval_every
     )
-    return Record(
-        run=run, metrics={**dict.fromkeys(names, knn), "knn": knn}, history=history,
-        cost={"seconds": 60.0, "images_per_second": 1.0, "peak_memory_bytes": 1},
-        provenance={"code": "abc", "commit": "1234567", "clean": True, "device": "CPU",
-                    "torch": "2", "date": "2026-01-01T00:00:00"},
-    )  # fmt: skip
+    return made_up_record(run, {**dict.fromkeys(names, knn), "knn": knn}, history)
 
 
 def patched(monkeypatch, store):
@@ -71,14 +42,13 @@ def patched(monkeypatch, store):
 def whole(tmp_path_factory):
     """All of the page with made-up Records of its runs and of the recorded study; a short loop."""
     store = tmp_path_factory.mktemp("runs")
-    study = sweeps.load_study(project_root() / "book" / "profiles" / "cifar10-lab.yml")
-    for wanted in study:
+    for wanted in study():
         if wanted.method in ("nt_xent", "hard"):
             runs.save(made_up(wanted), store=store)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         patched(patch, store)
-        return execute(*CODE, **TINY)
+        return PAGE.show(*PAGE.body, **TINY)
 
 
 # --- the mathematics
@@ -230,13 +200,13 @@ def test_the_recorded_part_reads_the_block_of_the_study_and_no_more(whole):
 def test_the_page_can_be_read_where_nothing_is_recorded(tmp_path, monkeypatch):
     patched(monkeypatch, tmp_path)
     skipped = {"loop", "by-hand", "own", "own-weights", "half", "half-gains"}
-    names = [n for n in CODE if n not in skipped and "drift" not in n and "effective" not in n]
+    names = [n for n in PAGE.body if n not in skipped and "drift" not in n and "effective" not in n]
     given = {**TINY, "half_epochs": 0}
-    code = CODE["loop"].split("AGES =")[0]
+    code = PAGE.code["loop"].split("AGES =")[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        monkeypatch.setitem(CODE, "loop", code)
-        _, shown = execute(*names[:4], "loop", *names[4:], **given)
+        monkeypatch.setitem(PAGE.code, "loop", code)
+        _, shown = PAGE.show(*names[:2], "loop", *names[2:], **given)
     assert shown["lab-read"].startswith("0 of ")
     assert "Nothing is recorded yet." in shown["lab-read"]
     assert "not both recorded" in shown["lab-verdict"]
@@ -245,10 +215,7 @@ def test_the_page_can_be_read_where_nothing_is_recorded(tmp_path, monkeypatch):
 
 
 def test_every_parameter_is_used():
-    names = [line.split(" =")[0] for line in CODE["parameters"].splitlines()]
-    rest = ast.parse("\n".join(source for name, source in CODE.items() if name != "parameters"))
-    used = {node.id for node in ast.walk(rest) if isinstance(node, ast.Name)}
-    assert set(names) <= used
+    assert not PAGE.unused_parameters()
 
 
 def test_the_lab_form_asks_for_runs_of_the_study_alone(monkeypatch, tmp_path):
@@ -257,8 +224,7 @@ def test_the_lab_form_asks_for_runs_of_the_study_alone(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(sweeps, "record", lambda wanted, **_: asked.extend(wanted) or
                         [made_up(r) for r in wanted])  # fmt: skip
-    monkeypatch.setitem(CODE, "loop", CODE["loop"].split("AGES =")[0])
-    execute("parameters", "imports", "loop", "train-arms", **LAB)
-    study = sweeps.load_study(project_root() / "book" / "profiles" / "cifar10-lab.yml")
+    monkeypatch.setitem(PAGE.code, "loop", PAGE.code["loop"].split("AGES =")[0])
+    PAGE.run("loop", "train-arms", **LAB)
     assert len(asked) == 30
-    assert {r.digest for r in asked} <= {r.digest for r in study}
+    assert {r.digest for r in asked} <= {r.digest for r in study()}

@@ -1,51 +1,23 @@
 """The page on true positives: its equations, the shares it adds up, and what it says of a table."""
 
-import ast
 import math
 
-import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import pytest
 import torch
+from cells import Page, made_up_record, study
 from torch.nn import functional as F
 
 from hcl import losses, notebooks, project_root, runs, sweeps
-from hcl.runs import Record, Run
+from hcl.runs import Run
 
-ROOT = project_root()
-NAME = "images/true-positives"
-CELLS = nbformat.read(ROOT / "book" / f"{NAME}.ipynb", as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
+PAGE = Page("images/true-positives")
 NEGATIVES = {"temperature": 0.5, "tau_plus": 0.0}
-
-
-def execute(*names, **given):
-    """Cells of the page by their ids, after its imports; hands back its variables."""
-    page: dict[str, object] = {}
-    for name in ("parameters", "imports", *names):
-        exec(compile(CODE[name], name, "exec"), page)
-        if name == "parameters":
-            page.update(given)
-    plt.close("all")
-    return page
-
-
-def definitions(*names, **given):
-    """Only the functions and constants of cells, not the calls in them."""
-    page = execute(**given)
-    for name in names:
-        kept = ast.Module([], [])
-        for node in ast.parse(CODE[name]).body:
-            constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
-            kept.body += [node] * (isinstance(node, ast.FunctionDef) or constant)
-        exec(compile(kept, name, "exec"), page)
-    return page
 
 
 @pytest.fixture(scope="module")
 def page():
-    return definitions("train", "weight-function", "own-table", "table", "verdict", "pairs", "best")
+    return PAGE.define("train", "weight-function", "own-table", "table", "verdict", "pairs", "best")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +102,7 @@ def test_a_record_has_its_own_temperature_batch_and_hardness(page, batch, tmp_pa
         data="sphere", encoder="mlp", epochs=1, batch=6, beta=2.0, tau_plus=0.0, temperature=0.25,
         positives="class",
     )  # fmt: skip
-    record = Record(run=run, metrics={}, history=[], cost={}, provenance={})
+    record = made_up_record(run, {})
     assert page["with_embeddings"]([record]) == []
     rows = torch.cat([z, z[:2]])  # the last, incomplete batch is left out
     arrays = {"z": rows.half().numpy(), "labels": torch.cat([labels, labels[:2]]).numpy(), "of": 14}
@@ -148,7 +120,7 @@ def test_a_record_has_its_own_temperature_batch_and_hardness(page, batch, tmp_pa
 
 
 def test_what_the_page_says_of_the_schedules(page):
-    both = execute("schedule")["both"]
+    both = PAGE.run("schedule")["both"]
     text, code = both["as the text says"], both["as the code does"]
     assert (code[:88] == 1).all()
     assert code[89] == 0.875
@@ -226,7 +198,7 @@ def test_the_best_cells(page):
 
 
 def test_the_gap_of_the_longer_training_is_a_difference_of_differences():
-    page = definitions("train", "table", "long", long_epochs=30)
+    page = PAGE.define("train", "table", "long", long_epochs=30)
     levels = {
         ("two views", 15): 0.6, ("two views", 30): 0.7,
         ("true positives", 15): 0.5, ("true positives", 30): 0.75,
@@ -250,7 +222,7 @@ def test_the_gap_of_the_longer_training_is_a_difference_of_differences():
 
 
 def test_a_fall_that_stays_without_false_negatives_is_told():
-    page = definitions(
+    page = PAGE.define(
         "train", "table", "verdict", "supervised", "supervised-words", betas=[1.0, 8.0]
     )
     page["span"] = (1.0, 8.0)
@@ -281,18 +253,13 @@ def test_a_fall_that_stays_without_false_negatives_is_told():
 
 
 def test_every_parameter_is_used():
-    names = {ast.unparse(line.targets[0]) for line in ast.parse(CODE["parameters"]).body}
-    rest = "\n".join(source for cell, source in CODE.items() if cell != "parameters")
-    used = {n.id for n in ast.walk(ast.parse(rest)) if isinstance(n, ast.Name)}
-    assert names <= used
+    assert not PAGE.unused_parameters()
 
 
 def test_the_recorded_section_reads_all_arms_in_one_setting(tmp_path, monkeypatch):
     monkeypatch.setenv("HCL_RUNS", str(tmp_path))
-    page = definitions("train")
-    exec(compile(CODE["lab-read"], "lab-read", "exec"), page)
-    study = sweeps.load_study(ROOT / "book" / "profiles" / f"{page['recorded']}.yml")
-    arms = [r for r in study if r.positives == "class" or r.anneal != "none"]
+    page = PAGE.run("lab-read", into=PAGE.define("train"))
+    arms = [r for r in study(page["recorded"]) if r.positives == "class" or r.anneal != "none"]
     names = {page["arm_of"](r.positives, r.anneal, r.anneal_steps) for r in arms}
     assert "true positives" in names
     assert any(name.startswith("annealed") for name in names)
@@ -304,13 +271,13 @@ def test_the_recorded_section_reads_all_arms_in_one_setting(tmp_path, monkeypatc
 
 def test_every_recorded_cell_has_one_run_a_seed(page):
     """Arms that differ in anything but their name would fall together."""
-    study = sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")
-    of_class = next(r for r in study if r.positives == "class")
+    listed = study()
+    of_class = next(r for r in listed if r.positives == "class")
     varied = ("seed", "method", "temperature", "beta", "tau_plus", "positives", "anneal")
     same = {k: v for k, v in vars(of_class).items() if k not in (*varied, "anneal_steps")}
     cells = [
         (page["arm_of"](r.positives, r.anneal, r.anneal_steps), r.beta, r.temperature, r.seed)
-        for r in study
+        for r in listed
         if {k: v for k, v in vars(r).items() if k in same} == same and not r.tau_plus
         if r.method in ("nt_xent", "hard")
     ]
@@ -319,14 +286,13 @@ def test_every_recorded_cell_has_one_run_a_seed(page):
 
 
 def test_the_lab_form_asks_for_recorded_runs_only(monkeypatch):
-    given = notebooks.profile(ROOT, "lab").get(f"{NAME}.ipynb")
+    given = notebooks.profile(project_root(), "lab").get(f"{PAGE.name}.ipynb")
     if given is None:
         pytest.skip("not in the lab profile yet")
     asked: list[Run] = []
     monkeypatch.setattr(sweeps, "record", lambda wanted, **_: asked.extend(wanted) or [])
     with pytest.raises(ValueError, match="none given"):  # no Records: nothing was recorded
-        execute("train", **given)
-    planned = {r.digest for r in sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")}
+        PAGE.run("train", **given)
     assert asked
-    assert {r.digest for r in asked} <= planned
+    assert {r.digest for r in asked} <= {r.digest for r in study()}
     assert given["long_epochs"] == 0

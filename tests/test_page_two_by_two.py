@@ -1,51 +1,25 @@
 """The page on debiasing and hardness: its equations, its effects, and what it says of a table."""
 
-import ast
+import itertools
 import math
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cells import Page, study
 from torch.nn import functional as F
 
 from hcl import losses, notebooks, project_root, sweeps
 from hcl.runs import Run
 
-ROOT = project_root()
-NAME = "images/two-by-two"
-CELLS = nbformat.read(ROOT / "book" / f"{NAME}.ipynb", as_version=4).cells
-CODE = {cell.id: cell.source for cell in CELLS if cell.cell_type == "code"}
-
-
-def execute(*names, **given):
-    """Cells of the page by their ids, after its imports; hands back its variables."""
-    page: dict[str, object] = {}
-    for name in ("parameters", "imports", *names):
-        exec(compile(CODE[name], name, "exec"), page)
-        if name == "parameters":
-            page.update(given)
-    plt.close("all")
-    return page
-
-
-def definitions(*names, **given):
-    """Only the functions and constants of cells, not the calls in them."""
-    page = execute(**given)
-    for name in names:
-        kept = ast.Module([], [])
-        for node in ast.parse(CODE[name]).body:
-            constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
-            kept.body += [node] * (isinstance(node, ast.FunctionDef) or constant)
-        exec(compile(kept, name, "exec"), page)
-    return page
+PAGE = Page("images/two-by-two")
 
 
 @pytest.fixture(scope="module")
 def page():
-    return definitions(
+    return PAGE.define(
         "threshold", "estimates", "train", "table", "effects", "effects-figure", "verdict",
         "separate", "best", "chance", "lab-verdict",
     )  # fmt: skip
@@ -139,7 +113,7 @@ def test_the_threshold_is_where_the_library_clamps(page, tau, t):
 def test_the_oracle_of_the_exercise(page, batch, capsys):
     z1, z2, labels = batch
     given = {**page, "test_batches": [(z1.float(), z2.float(), labels)], "batch": 10}
-    exec(compile(CODE["solution-oracle"], "solution-oracle", "exec"), given)  # it asserts
+    PAGE.run("solution-oracle", into=given)  # it asserts
     anchors = [scores((z1, z2, labels), 0.5, i) for i in range(20)]
     each = [math.log1p(18 * tilted(true, 1.0) / math.exp(p)) for _, true, p in anchors]
     assert f"oracle {np.mean(each):.4f}" in capsys.readouterr().out
@@ -231,8 +205,8 @@ def test_sentences_name_the_effect_and_the_clamp(page):
 
 
 def test_the_figure_has_a_row_a_square(page):
-    squares = [(b, {k: v for k, v in SQUARE.items() if k[2] == 0}) for b in (1.0, 2.0, 8.0)]
-    corners = {(0.5, 0.1 * d, b * h): 0.5 for b, _ in squares for d in (0, 1) for h in (0, 1)}
+    switches = itertools.product((1.0, 2.0, 8.0), (0, 1), (0, 1))
+    corners = {(0.5, 0.1 * d, b * h): 0.5 for b, d, h in switches}
     table_of = page["effects"](table(corners), "linear")
     page["effects_figure"](table_of, "linear")
     names = [label.get_text() for label in plt.gca().get_yticklabels()]
@@ -253,19 +227,15 @@ def test_the_best_of_each_corner(page):
 
 
 def test_every_parameter_is_used():
-    names = {ast.unparse(line.targets[0]) for line in ast.parse(CODE["parameters"]).body}
-    rest = "\n".join(source for cell, source in CODE.items() if cell != "parameters")
-    used = {n.id for n in ast.walk(ast.parse(rest)) if isinstance(n, ast.Name)}
-    assert names <= used
+    assert not PAGE.unused_parameters()
 
 
 def test_the_recorded_section_reads_whole_squares_in_one_setting(page, tmp_path, monkeypatch):
     monkeypatch.setenv("HCL_RUNS", str(tmp_path))
-    page = dict(page)
-    exec(compile(CODE["lab-read"], "lab-read", "exec"), page)
+    page = PAGE.run("lab-read", into=dict(page))
     same = page["same"]
-    study = sweeps.load_study(ROOT / "book" / "profiles" / f"{page['recorded']}.yml")
-    runs = [r for r in study if {k: v for k, v in vars(r).items() if k in same} == same]
+    listed = study(page["recorded"])
+    runs = [r for r in listed if {k: v for k, v in vars(r).items() if k in same} == same]
     runs = [r for r in runs if r.method in ("nt_xent", "debiased", "hard")]
     assert page["planned"] == len(runs)
     cells = {(r.temperature, r.tau_plus, r.beta) for r in runs}
@@ -279,25 +249,22 @@ def test_the_recorded_section_reads_whole_squares_in_one_setting(page, tmp_path,
 
 
 def test_the_papers_numbers_are_told_as_a_difference():
-    page = definitions()
-    start = CODE["paper-table"].index("README = ")
-    exec(CODE["paper-table"][start : CODE["paper-table"].index("theirs")], page)
-    exec(compile(CODE["paper-words"].split("Markdown(")[0], "paper-words", "exec"), page)
+    page = PAGE.define("paper-table")
+    exec(PAGE.code["paper-words"].split("Markdown(")[0], page)
     assert page["debiased"] - page["plain"] == pytest.approx(4.11)
     assert page["both"] - page["debiased"] == pytest.approx(3.18)
     assert round(page["plain"] + page["both"] - page["debiased"], 2) == 83.33
 
 
 def test_the_lab_form_asks_for_recorded_runs_only(monkeypatch):
-    given = notebooks.profile(ROOT, "lab").get(f"{NAME}.ipynb")
+    given = notebooks.profile(project_root(), "lab").get(f"{PAGE.name}.ipynb")
     if given is None:
         pytest.skip("not in the lab profile yet")
     asked: list[Run] = []
     monkeypatch.setattr(sweeps, "record", lambda wanted, **_: asked.extend(wanted) or [])
-    page = execute(**given)
-    exec(CODE["network"].split("one = ")[0], page)  # the base, without the network
+    page = PAGE.run(**given)
+    exec(PAGE.code["network"].split("one = ")[0], page)  # the base, without the network
     with pytest.raises(ValueError, match="none given"):  # no Records: nothing was recorded
-        exec(compile(CODE["train"], "train", "exec"), page)
-    planned = {r.digest for r in sweeps.load_study(ROOT / "book" / "profiles" / "cifar10-lab.yml")}
+        PAGE.run("train", into=page)
     assert asked
-    assert {r.digest for r in asked} <= planned
+    assert {r.digest for r in asked} <= {r.digest for r in study()}
