@@ -182,7 +182,7 @@ def test_it_shows_no_pictures_of_a_set_that_is_not_there_and_says_how_to_get_it(
     page, shown = PAGE.outputs(*LAB, into=dict(whole[0]))
     assert page["world"] is None
     said = shown["lab-gallery"].text
-    assert "The pictures are not here" in said
+    assert "No pictures are shown" in said
     assert "hcl data" in said or "download" in said
     assert shown["lab-read"].text.startswith("6 of ")
     assert "5 losses without labels" in shown["lab-order"].text
