@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_runs(commands)
     data = _command(commands, "data", _data, "download a data set into data/ (or $HCL_DATA)")
-    data.add_argument("name", help="e.g. cifar10")
+    data.add_argument("name", help="e.g. cifar10 or mutag")
     return parser
 
 
@@ -232,9 +232,13 @@ def _profile_entry(root: Path, source: Path, profile: str | None) -> dict[str, A
 
 
 def _data(args: argparse.Namespace) -> None:
-    from hcl import vision
+    from hcl import graphs, vision
+    from hcl.graphs.sets import TU
+    from hcl.imagesets import SOURCES
 
-    print(vision.download(args.name))
+    if args.name not in (known := [*SOURCES, *TU]):
+        raise ValueError(f"name={args.name!r}: choose one of {', '.join(known)}")
+    print((graphs if args.name in TU else vision).download(args.name))
 
 
 def _runs(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import global_add_pool
 
-from hcl import compare, graphs, project_root, runs, sweeps
+from hcl import cli, compare, graphs, project_root, runs, sweeps
 from hcl import train as trainer
 from hcl.graphs import GraphBatch, sets
 from hcl.graphs.infograph import local_global
@@ -395,6 +395,12 @@ def test_graphs_of_ones_own_can_be_trained_on(monkeypatch):
     record = train(run_of(data="mine", data_args={}), progress=False)
     assert record.metrics["svc_scaled"] > 0.95  # points are told from the rest
     train(run_of(data="mine", data_args={"held_out": 0.3}, method="hard"), progress=False)
+
+
+def test_the_command_line_fetches_graphs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(graphs, "download", lambda name: tmp_path / name)
+    assert cli.main(["data", "mutag"]) in (None, 0)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "mutag")
 
 
 # --- recorded
