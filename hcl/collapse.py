@@ -20,28 +20,6 @@ Negatives = Literal["other", "all"]
 LEAST = 0.01  # of the largest singular value: below it a dimension counts as collapsed
 
 
-def simplex(n_classes: int, dim: int) -> Tensor:
-    r"""A regular simplex: C unit vectors of sum zero with all cosines :math:`-1/(C-1)`.
-
-    Returns: (n_classes, dim) float64.
-    Source: the centred unit vectors of :math:`R^C`, in a basis of the space that they span.
-    Raises: ValueError for fewer than two classes, or dim < n_classes - 1: there is none.
-
-    >>> simplex(2, 1).abs().tolist()
-    [[1.0], [1.0]]
-    """
-    if n_classes < 2:
-        raise ValueError(f"n_classes is {n_classes}: a simplex of classes needs two or more")
-    if dim < n_classes - 1:
-        raise ValueError(
-            f"dim is {dim}: a simplex of {n_classes} vectors needs {n_classes - 1} or more"
-        )
-    centred = torch.eye(n_classes, dtype=torch.float64) - 1 / n_classes
-    basis = torch.linalg.svd(centred).U[:, : n_classes - 1]
-    vectors = torch.nn.functional.normalize(centred @ basis, dim=1)
-    return torch.nn.functional.pad(vectors, (0, dim - n_classes + 1))
-
-
 def class_means(z: Tensor, labels: Tensor) -> Tensor:
     """Mean embedding of each class, (C, d) float64, classes in ascending order.
 
@@ -224,6 +202,7 @@ def latent_class_loss(
     Source: Jiang et al. 2023 (neural collapse), with the mean over draws in place of 256 draws.
     Raises: ValueError as :func:`class_means`, or for an option out of its range.
 
+    >>> from hcl.packing import simplex
     >>> z, y = simplex(3, 2), torch.arange(3)
     >>> round(latent_class_loss(z, y).item(), 4)  # log(1 + e^(-3/2))
     0.2014

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from hcl import collapse
-from hcl.collapse import LEAST, free_embeddings, latent_class_loss, simplex
+from hcl.collapse import LEAST, free_embeddings, latent_class_loss
+from hcl.packing import simplex
 
 NUMBERS = ("zero_sum", "unit_norm", "equal_angle", "within_class")
 
@@ -44,16 +45,6 @@ def test_a_simplex_has_equal_angles_and_no_centre(n_classes, dim):
     np.fill_diagonal(wanted, 1)
     np.testing.assert_allclose((vectors @ vectors.T).numpy(), wanted, atol=1e-12)
     np.testing.assert_allclose(vectors.sum(dim=0).numpy(), 0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("n_classes", "dim", "message"),
-    [(1, 3, "n_classes is 1"), (0, 3, "n_classes is 0"), (5, 3, "dim is 3: .* 4 or more"),
-     (100, 98, "dim is 98: .* 99 or more")],
-)  # fmt: skip
-def test_more_classes_than_the_space_has_room_for_are_refused(n_classes, dim, message):
-    with pytest.raises(ValueError, match=message):
-        simplex(n_classes, dim)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10])

@@ -8,7 +8,7 @@ import torch
 from cells import Page
 from torch.nn import functional as F
 
-from hcl import collapse, compare, project_root, runs, sweeps
+from hcl import collapse, compare, packing, project_root, runs, sweeps
 from hcl.runs import Record
 
 PAGE = Page("supervised/collapse")
@@ -44,7 +44,7 @@ def test_the_pages_formula_is_the_librarys_loss(negatives):
 @pytest.mark.parametrize(("n_classes", "t"), [(2, 1.0), (5, 0.3), (10, 2.0)])
 def test_the_frame_attains_both_bounds(n_classes, t):
     bound = PAGE.define("check")["bound"]
-    z, y = collapse.simplex(n_classes, n_classes), torch.arange(n_classes)
+    z, y = packing.simplex(n_classes, n_classes), torch.arange(n_classes)
     for negatives in ("other", "all"):
         loss = collapse.latent_class_loss(z, y, negatives=negatives, temperature=t)
         assert loss.item() == pytest.approx(bound(n_classes, t, negatives), rel=1e-12)
@@ -60,7 +60,7 @@ def test_the_proposition_on_smaller_frames_is_what_the_loss_says():
     """H-UCL of a frame scaled by r, in the library, is least where the page's equation says."""
     page = PAGE.define("gap")
     for n_classes, beta in ((3, 4.0), (10, 2.0), (10, 10.0)):
-        frame, y = collapse.simplex(n_classes, n_classes - 1), torch.arange(n_classes)
+        frame, y = packing.simplex(n_classes, n_classes - 1), torch.arange(n_classes)
         u = torch.linspace(0.01, 2, 400, dtype=torch.float64)
         loss = torch.stack([
             collapse.latent_class_loss(
