@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -135,13 +136,18 @@ def load(
     takes the first so many, 0 all. A folder's sentences are cached beside it, as the table of
     this vocabulary and length.
 
-    Raises: FileNotFoundError: no such folder, or no book in it; ValueError: a book without a
-    sentence, bytes that are not UTF-8 (with their line), a vocabulary of one word.
+    Raises: FileNotFoundError: no such folder, or no book in it; ValueError: a number out of range,
+    a book without a sentence, bytes that are not UTF-8 (with their line), or one word alone.
 
     >>> corpus = load("pydoc")
     >>> len(corpus) > 2000, corpus.tokens.shape[1] <= 30
     (True, True)
     """
+    for what, value, least in (
+        ("vocabulary", vocabulary, 1), ("max_words", max_words, 1), ("books", books, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{what} is {value}: {least} or more would do")
     if name == "pydoc":
         return _assemble(name, _pydoc(), vocabulary, max_words)
     folder = data_root(root) / name
@@ -153,7 +159,10 @@ def load(
         )
     cache = _cache_of(folder, paths, vocabulary, max_words)
     if cache.exists():
-        return _from_cache(name, cache)
+        try:
+            return _from_cache(name, cache)
+        except (ValueError, KeyError, EOFError, BadZipFile):
+            pass  # damaged: made again
     texts = {path.stem: _sentences_of(path) for path in tqdm(paths, desc=name, leave=False)}
     corpus = _assemble(name, texts, vocabulary, max_words)
     _to_cache(corpus, cache)

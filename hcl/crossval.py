@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 
 C = tuple(10.0**k for k in range(-3, 4))  # 0.001 to 1000
+FOLDS = 10
 INNER = 5  # folds in which C is chosen
 
 
 def svc_accuracies(
-    z: np.ndarray, y: np.ndarray, *, folds: int = 10, repeats: int = 1, scaled: bool = False,
+    z: np.ndarray, y: np.ndarray, *, folds: int = FOLDS, repeats: int = 1, scaled: bool = False,
     seed: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Accuracies in [0, 1] of an SVC in each fold of each repeat, (repeats, folds).
@@ -43,7 +44,7 @@ def svc_accuracies(
     for name, value, least in (("folds", folds, 3), ("repeats", repeats, 1)):
         if value < least:
             raise ValueError(f"{name}={value}: at least {least} would do")
-    _check_classes(y, folds, f"fewer than folds={folds}; give fewer folds, or leave it out")
+    check_classes(y, folds)
     found = np.empty((repeats, folds))
     for r in range(repeats):
         split = StratifiedKFold(folds, shuffle=True, random_state=seed + r).split(z, y)
@@ -70,7 +71,7 @@ def svc_accuracy(
 
     _check_rows(z_train, y_train)
     _check_rows(z_test, y_test)
-    _check_classes(y_train, 2, "at least 2 would do, to choose C")
+    check_classes(y_train, 2)
     least = np.unique(y_train, return_counts=True)[1].min()
     inner = StratifiedKFold(min(INNER, int(least))).split(z_train, y_train)
     scores = [
@@ -99,13 +100,16 @@ def _accuracies(
     return [float((svc.predict(k_test) == y_test).mean()) for svc in machines]
 
 
-def _check_classes(y: np.ndarray, least: int, remedy: str) -> None:
+def check_classes(y: np.ndarray, folds: int) -> None:
+    """Raise ValueError for labels y (n,) of one class, or a class with fewer members than folds."""
     classes, counts = np.unique(y, return_counts=True)
     if len(classes) < 2:
-        raise ValueError(f"y has one class only, {classes[0]}: two or more would do")
-    if counts.min() < least:
-        few = classes[counts.argmin()]
-        raise ValueError(f"y: class {few} has {counts.min()} member(s), {remedy}")
+        raise ValueError(f"y has one class only, {classes[0]:g}: two or more would do")
+    if counts.min() < folds:
+        raise ValueError(
+            f"y: class {classes[counts.argmin()]:g} has {counts.min()} member(s), fewer than "
+            f"folds={folds}; give fewer folds, or leave the class out"
+        )
 
 
 def _check_rows(z: np.ndarray, y: np.ndarray) -> None:

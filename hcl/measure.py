@@ -62,7 +62,10 @@ def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
             placed(probe.features(model, x, data.inputs), run.normalize)
             for x in (data.x_probe, data.x_test)
         )
-        return row | collapse.metrics(train_z, data.y_probe, test_z, data.y_test)
+        try:
+            return row | collapse.metrics(train_z, data.y_probe, test_z, data.y_test)
+        except ValueError:  # means that coincide or vanish: there is no geometry to tell
+            return row
     generator = torch.Generator(data.x_train.device).manual_seed(run.seed)
     args = {"temperature": run.temperature, "beta": run.beta or 1.0}
     found = []

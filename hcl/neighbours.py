@@ -82,7 +82,7 @@ def hard_neighbours(
     >>> round(hard_neighbours(z, z).item(), 4) == round((math.log(2) + math.log(3)) / 2, 4)
     True
     """
-    checks.tilt(beta)
+    checks.tilt(beta, tau_plus)
     s, positive = _scores(f, g, book, temperature, reach)
     itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
     a = (beta * (s.detach() if detach_weights else s)).masked_fill(positive | itself, -math.inf)
@@ -111,6 +111,8 @@ def _scores(
         raise ValueError(
             f"f is {tuple(f.shape)} and g {tuple(g.shape)}: equal shapes (B, d), B >= 2, would do"
         )
+    if not f.is_floating_point() or f.dtype != g.dtype:
+        raise TypeError(f"f is {f.dtype} and g {g.dtype}: one floating point type would do")
     checks.temperature(temperature)
     if reach < 1:
         raise ValueError(f"reach={reach}: must be 1 or more")

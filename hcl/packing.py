@@ -177,7 +177,7 @@ def log_tilted_mean(s: Tensor, beta: float, weights: Tensor | None = None) -> Te
     .. math:: \log g_\beta = \log\sum_jp_je^{(1+\beta)s_j} - \log\sum_jp_je^{\beta s_j},
 
     and the largest score at ``beta=inf``, which is also what it tends to where beta is too large
-    for doubles. weights: (n,) probabilities p > 0, alike by default; a score of -inf is left out.
+    for s. weights: (n,) probabilities p > 0, alike by default; a score of -inf is left out.
     Taken from the largest score, so that nothing overflows. Differentiable.
 
     Source: Robinson et al. 2021, E under q_beta by importance sampling.
@@ -191,6 +191,7 @@ def log_tilted_mean(s: Tensor, beta: float, weights: Tensor | None = None) -> Te
     top = s.amax(dim=-1, keepdim=True)
     if math.isinf(beta):
         return top.squeeze(-1)
+    beta = min(beta, torch.finfo(s.dtype).max / 2)  # 1 + beta, too, must be finite
     left_out = s.isneginf()
     below = (s - top.detach()).masked_fill(left_out, 0.0)  # <= 0
     log_p = _priors(weights, s.shape[-1]).to(s).log()
@@ -217,9 +218,9 @@ def class_loss(
     -3.0
     """
     cosines = _cosines(v)
-    priors = _priors(rho, v.shape[-2]).to(v)
+    priors = _priors(rho, v.shape[-2])
     means = log_tilted_mean(cosines / checks.temperature(temperature), beta, priors)
-    return (priors * means).sum(-1) - 1 / temperature
+    return (priors.to(v) * means).sum(-1) - 1 / temperature
 
 
 def descend(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hcl import graphs, memory, runs, sphere, vision
+from hcl import crossval, graphs, memory, runs, sphere, vision
 from hcl.atomic import whole_or_nothing
 from hcl.graphs.sets import TU
 from hcl.imagesets import SOURCES
@@ -240,10 +240,25 @@ def _check_data(run: Run, data: Data) -> None:
             f"{with_labels[0]}: trains on the labels that the probe is then tested on; hold graphs "
             "out of the training, e.g. data_args held_out=0.3"
         )
+    if isinstance(data, graphs.Graphs):
+        _check_graphs(data)
     if run.sides == "growing" and not hasattr(data, "grown"):
         raise ValueError(f"sides='growing': {run.data} has no pictures whose views could grow")
     if run.sides == "growing" and run.encoder == "mlp":
         raise ValueError("sides='growing': encoder 'mlp' reads views of one size only, use 'fixed'")
+
+
+def _check_graphs(data: graphs.Graphs) -> None:
+    """What the probes will need of the labels: members in every fold, and pairs of both sorts."""
+    crossval.check_classes(
+        data.y_train.cpu().numpy(), crossval.FOLDS if data.cross_validated else 2
+    )
+    counts = data.y_test.unique(return_counts=True)[1]
+    if len(counts) < 2 or counts.max() < 2:
+        raise ValueError(
+            f"held_out leaves {len(data.y_test)} graphs of {len(counts)} class(es) to test on: two "
+            "classes, one of them twice, would do"
+        )
 
 
 def fit(

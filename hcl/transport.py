@@ -98,6 +98,8 @@ def sinkhorn(cost: Tensor, *, eps: float, tol: float = 1e-6, max_iter: int = 100
     """
     _check(cost, eps, tol, max_iter)
     a = -cost.to(wide(cost)) / eps  # (n, n) log of the kernel
+    if (a.isinf() & cost.isfinite()).any():
+        raise ValueError(f"eps={eps}: cost / eps is too large for doubles, a larger eps would do")
     rows = columns = a.new_zeros(len(a))
     rounds = 0
     while True:

@@ -136,3 +136,22 @@ def test_impossible_options_are_refused(shelf, change, message):
         load(shelf, **change)
     with pytest.raises(ValueError, match="texts is empty"):
         Vocabulary(("a",)).encode([])
+
+
+@pytest.mark.parametrize("change", [{"books": -1}, {"vocabulary": 0}, {"max_words": 0}], ids=str)
+def test_a_number_out_of_range_is_refused_before_a_book_is_read(change, tmp_path):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}: "):
+        corpus.load("nowhere", root=tmp_path, **change)
+
+
+def test_a_damaged_table_is_made_again(tmp_path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "one.txt").write_text("Call me by my name. I went far to the sea.\n")
+    first = corpus.load("few", root=tmp_path)
+    (cache,) = (tmp_path / "few").glob("*.npz")
+    whole = cache.read_bytes()
+    for damage in (b"", whole[:100], b"no zip"):
+        cache.write_bytes(damage)
+        assert corpus.load("few", root=tmp_path).texts == first.texts
+        assert len(cache.read_bytes()) == len(whole)

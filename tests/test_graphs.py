@@ -228,6 +228,13 @@ def test_graphs_without_edges_or_with_one_node_go_through(odd):
     [(lambda: [], "graphs: none given"),
      (lambda: [ring(3), Data(num_nodes=0, y=0)], r"graphs\[1\]: must have at least one node"),
      (lambda: [ring(3, None)], r"graphs\[0\]: must have .* a label y"),
+     (lambda: [ring(3), ring(3, torch.tensor([0, 1, 0]))], r"graphs\[1\]: y has 3 entries"),
+     (lambda: [ring(3, x=torch.ones(3))], r"x is \(3,\), must be \(3, F\)"),
+     (lambda: [ring(3, x=torch.ones(5, 2))], r"x is \(5, 2\), must be \(3, F\)"),
+     (lambda: [Data(num_nodes=2, y=0)], "edge_index is None"),
+     (lambda: [Data(edge_index=torch.tensor([[0, 2], [2, 0]]), num_nodes=2, y=0), ring(3)],
+      r"graphs\[0\]: edge_index must number nodes 0 to 1"),
+     (lambda: [Data(edge_index=torch.tensor([[1], [0]]), num_nodes=2, y=0)], "of one direction"),
      (lambda: [ring(3), ring(3, x=torch.ones(3, 2))], "node features of"),
      (lambda: [ring(3, x=torch.ones(3, 1)), ring(3, x=torch.ones(3, 2))], "node features of")],
 )  # fmt: skip

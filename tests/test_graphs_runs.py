@@ -501,3 +501,22 @@ def test_the_recorded_ratios_are_on_file():
 def test_the_store_reads_a_graph_record_back():
     record = train(run_of(study="trial"), progress=False)
     assert runs.read(record.path).run == record.run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_graphs": 54}, r"class \d has 9 member\(s\), fewer than folds=10"),
+        ({"n_graphs": 60, "held_out": 0.9}, r"class \d has 1 member\(s\), fewer than folds=2"),
+        ({"n_graphs": 60, "held_out": 0.1}, r"held_out leaves 6 graphs of 6 class\(es\)"),
+    ],
+)
+def test_labels_that_the_probes_cannot_use_are_refused_before_training(
+    monkeypatch, options, message
+):
+    monkeypatch.setattr(trainer, "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        train(
+            run_of(data="graphs", data_args=options, method="hard", epochs=2, batch=2),
+            progress=False,
+        )

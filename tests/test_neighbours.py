@@ -143,3 +143,15 @@ def test_a_batch_without_negatives_is_refused():
         hard_neighbours(torch.zeros(3, 2), torch.zeros(3, 2), reach=2)
     with pytest.raises(ValueError, match="beta"):
         hard_neighbours(torch.zeros(9, 2), torch.zeros(9, 2), beta=-1.0)
+
+
+@pytest.mark.parametrize("tau", [1.0, -0.1, math.nan])
+def test_a_class_prior_out_of_range_is_refused(tau):
+    with pytest.raises(ValueError, match="tau_plus"):
+        hard_neighbours(torch.zeros(9, 2), torch.zeros(9, 2), tau_plus=tau)
+
+
+@pytest.mark.parametrize("loss", [quick_thoughts, hard_neighbours])
+def test_types_that_differ_are_refused(loss):
+    with pytest.raises(TypeError, match=r"f is torch\.float32 and g torch\.float64"):
+        loss(torch.zeros(9, 2), torch.zeros(9, 2).double())

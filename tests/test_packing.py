@@ -351,3 +351,13 @@ def test_contacts_are_pairs_at_the_smallest_distance():
     pairs = {tuple(p) for p in packing.contacts(v).tolist()}
     opposite = {(0, 3), (1, 4), (2, 5)}
     assert pairs == set(itertools.combinations(range(6), 2)) - opposite
+
+
+def test_a_beta_too_large_for_floats_is_the_limit():
+    assert packing.log_tilted_mean(torch.tensor([0.0, 1.0, 0.5]), 1e39).item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_a_narrow_type_is_near_that_of_doubles(dtype):
+    v = packing.simplex(3, 2)
+    assert packing.class_loss(v.to(dtype), beta=1.0).item() == pytest.approx(-3, abs=0.03)

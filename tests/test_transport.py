@@ -366,3 +366,10 @@ def test_embeddings_that_are_none_are_refused():
         transport.squared_distances(z.long(), z.long())
     with pytest.raises(ValueError, match="of one shape"):
         transport.squared_distances(z, z[:3])
+
+
+def test_an_eps_too_small_for_doubles_is_refused():
+    """Not a plan of NaN, from which the loss would be 0."""
+    cost = torch.tensor([[math.inf, 1.0, 5.0], [1.0, math.inf, 2.0], [5.0, 2.0, math.inf]])
+    with pytest.raises(ValueError, match=r"eps=1e-310: .*a larger eps would do"):
+        transport.sinkhorn(cost, eps=1e-310)

@@ -113,15 +113,15 @@ def of_pyg(graphs: Sequence[Any], *, features: str = "released") -> GraphSet:
 
     features: as in :func:`read_tu`; node features x are taken as they are.
 
-    Raises: ValueError: no graphs, one without nodes or label, or features that only some have.
+    Raises: ValueError: no graphs, one without nodes or its one label, edges that are missing, out
+    of range or of one direction only, or features that only some have.
     """
     if not graphs:
         raise ValueError("graphs: none given")
     if features not in FEATURES:
         raise ValueError(f"features={features!r}: choose one of {', '.join(FEATURES)}")
     for place, one in enumerate(graphs):
-        if not one.num_nodes or one.y is None:
-            raise ValueError(f"graphs[{place}]: must have at least one node, and a label y")
+        _check_graph(f"graphs[{place}]", one)
     widths = {None if one.x is None else one.x.shape[1] for one in graphs}
     if len(widths) > 1:
         raise ValueError(f"graphs: node features of {widths} columns; all alike, or none at all")
@@ -130,6 +130,23 @@ def of_pyg(graphs: Sequence[Any], *, features: str = "released") -> GraphSet:
     joined = GraphBatch(x, whole.edge_index, whole.batch, whole.num_graphs)
     _, labels = whole.y.flatten().unique(return_inverse=True)
     return GraphSet(replace(joined, x=_features(joined, x.shape[1], features)), labels)
+
+
+def _check_graph(name: str, one: Any) -> None:
+    """Refuse what would go wrong later, or not at all: edges into the next graph of the batch."""
+    if not one.num_nodes or one.y is None:
+        raise ValueError(f"{name}: must have at least one node, and a label y")
+    if (count := torch.as_tensor(one.y).numel()) != 1:
+        raise ValueError(f"{name}: y has {count} entries, one label of the graph would do")
+    if one.x is not None and (one.x.ndim != 2 or len(one.x) != one.num_nodes):
+        raise ValueError(f"{name}: x is {tuple(one.x.shape)}, must be ({one.num_nodes}, F)")
+    edges = one.edge_index
+    if edges is None:
+        raise ValueError(f"{name}: edge_index is None; torch.zeros(2, 0).long() says no edges")
+    if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < one.num_nodes:
+        raise ValueError(f"{name}: edge_index must number nodes 0 to {one.num_nodes - 1}")
+    if not pyg("utils").is_undirected(edges, num_nodes=one.num_nodes):
+        raise ValueError(f"{name}: edge_index has edges of one direction; to_undirected would do")
 
 
 def degree_features(graphs: GraphBatch) -> Tensor:
