@@ -40,6 +40,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "h")
 METHOD_COLOURS = {
     "nt_xent": PALETTE[0], "debiased": PALETTE[2], "hard": PALETTE[1], "scl": PALETTE[6],
     "hard_scl": PALETTE[5], "supcon": PALETTE[3], "decoupled": PALETTE[4], "schane": PALETTE[8],
+    "infograph": PALETTE[7],
 }  # fmt: skip
 FIXED = {METHOD_LABELS[method]: colour for method, colour in METHOD_COLOURS.items()} | {
     "HCL β=1": PALETTE[1],
