@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hcl import checks
 from hcl.geometry import check_finite
-from hcl.objective import placed
+from hcl.units import placed
 
 Negatives = Literal["other", "all"]
 LEAST = 0.01  # of the largest singular value: below it a dimension counts as collapsed
@@ -191,7 +191,7 @@ def latent_class_loss(
         s_{ij} = \langle z_i, z_j \rangle / t
 
     Args:
-        z: (n, d), as it is: see :func:`hcl.objective.placed`; labels: (n,) integers.
+        z: (n, d), as it is: see :func:`hcl.units.placed`; labels: (n,) integers.
         negatives: j over the points of "other" labels (SCL, and H-SCL for beta > 0), or over "all"
             of them, i among them (UCL and H-UCL in the latent class model). A point is its own
             positive as well, so all three are independent draws from the points.
@@ -236,7 +236,7 @@ def free_embeddings(
 
     Args:
         start: (n, d) points to begin with; labels: (n,).
-        normalize: "sphere", "ball" or "none", see :func:`hcl.objective.placed`.
+        normalize: "sphere", "ball" or "none", see :func:`hcl.units.placed`.
         steps: full-batch steps; the learning rate falls from lr to 0 as a cosine.
         options: of the loss.
 

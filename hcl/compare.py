@@ -14,11 +14,15 @@ from typing import Any
 import pandas as pd
 
 from hcl import project_root, runs, sweeps
-from hcl.runs import ARGUMENTS, Record, Run
+from hcl.methods import ARGUMENTS, CROSS_ENTROPY
+from hcl.run import Run
+from hcl.runs import Record
 
 LABELS = {
     "nt_xent": "SimCLR", "debiased": "Debiased", "hard": "HCL", "decoupled": "DCL", "scl": "SCL",
     "hard_scl": "H-SCL", "supcon": "SupCon", "schane": "SCHaNe", "infograph": "InfoGraph",
+    "quick_thoughts": "quick-thoughts", "hard_neighbours": "HCL", "unremix": "UnReMix",
+    "ring": "Ring", "bayesian": "BCL", "transport": "OT plan", "cross_entropy": "CE",
 }  # fmt: skip
 METRICS = (
     "loss", "knn", "linear", "svc", "svc_sd", "svc_scaled", "svc_scaled_sd", "alignment",
@@ -48,6 +52,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def _spread(run: Run) -> dict[str, Any]:
     values = asdict(run)
+    values["start"] = ", ".join(f"{k}={v}" for k, v in run.start.items())
     options = [name for name, value in values.items() if isinstance(value, Mapping)]
     return values | {k: v for name in options for k, v in values.pop(name).items()}
 
@@ -151,6 +156,12 @@ def label(record: Record) -> str:
     if run.epochs == 0:
         return "raw input" if run.encoder == "raw" else "untrained encoder"
     name = LABELS[run.method]
+    if run.method == "decoupled" and run.method_args:
+        name = "DCLW"
+    if run.synthetic:  # MoCHi weighs the mixtures as all others, SSCL is HCL over both
+        name = "MoCHi" if run.method == "nt_xent" else "SSCL"
+    if run.cross_entropy and run.method != CROSS_ENTROPY:
+        name = f"CE + {name}"
     if run.hardening == "threshold":
         return f"{name} cos≥{run.threshold:g}"
     easy = " easy" if run.sign == "easy" else ""

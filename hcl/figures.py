@@ -40,7 +40,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "h")
 METHOD_COLOURS = {
     "nt_xent": PALETTE[0], "debiased": PALETTE[2], "hard": PALETTE[1], "scl": PALETTE[6],
     "hard_scl": PALETTE[5], "supcon": PALETTE[3], "decoupled": PALETTE[4], "schane": PALETTE[8],
-    "infograph": PALETTE[7],
+    "infograph": PALETTE[7], "quick_thoughts": PALETTE[0], "hard_neighbours": PALETTE[1],
+    "unremix": PALETTE[9], "ring": PALETTE[7], "bayesian": PALETTE[8], "transport": PALETTE[6],
+    "cross_entropy": PALETTE[9],
 }  # fmt: skip
 FIXED = {METHOD_LABELS[method]: colour for method, colour in METHOD_COLOURS.items()} | {
     "HCL β=1": PALETTE[1],
@@ -51,13 +53,16 @@ FIXED = {METHOD_LABELS[method]: colour for method, colour in METHOD_COLOURS.item
 AXIS_NAMES = {
     "knn": "kNN accuracy",
     "linear": "linear probe accuracy",
+    "svc": "SVC accuracy",
+    "top1": "accuracy of the classifier",
+    "retrieval": "neighbours found",
     "temperature": "temperature $t$",
     "beta": r"hardness $\beta$",
     "tau_plus": r"class prior $\tau^+$",
     "batch": "batch size",
     "epoch": "epoch",
 }
-ACCURACIES = ("knn", "linear")  # shares of one, shown in percent
+ACCURACIES = ("knn", "linear", "top1", "retrieval")  # shares of one, shown in percent
 PAIRS = ("same class", "different class")
 WIDTH = 7.0  # inches, the width of a page's text
 

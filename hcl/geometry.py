@@ -101,6 +101,43 @@ def overlap(same: Array, different: Array, edges: Array) -> float:
     return float(np.sum(np.minimum(same, different) * np.diff(edges)))
 
 
+def same_label_share(weights: Tensor, labels: Tensor, *, top: int) -> float:
+    """Of each anchor's `top` heaviest negatives, the share with the anchor's label; their mean.
+
+    weights: (2B, 2B) floating point, for two views of B images, as
+    :func:`hcl.losses.negative_weights` makes them; an anchor's own column and its positive's are
+    not looked at.  labels: (B,).  Of negatives that weigh the same at the border of the `top`, each
+    counts as often as a draw among them would take it, so even weights give the share among all.
+
+    Source: our reading of Tabassum et al. 2022 (UnReMix), whose motive it is that nearness to the
+    anchor alone picks false negatives.
+    Raises: ValueError for weights that are not (2B, 2B), B >= 2, or not finite, labels of another
+    length, and top outside 1..2B - 2.
+
+    >>> even = torch.ones(6, 6)
+    >>> round(same_label_share(even, torch.tensor([0, 0, 1]), top=1), 4)  # (1/2 + 1/2 + 0) / 3
+    0.3333
+    """
+    check_finite(weights=weights)
+    n = len(weights)
+    if weights.shape != (n, n) or n % 2 or n < 4:
+        raise ValueError(f"weights is {tuple(weights.shape)}: (2B, 2B) with B >= 2 would do")
+    if labels.shape != (n // 2,):
+        raise ValueError(f"labels is {tuple(labels.shape)}: ({n // 2},), one an image, would do")
+    if not 1 <= top <= n - 2:
+        raise ValueError(f"top is {top}: 1 to {n - 2}, the number of negatives, would do")
+    image = torch.arange(n // 2, device=weights.device).repeat(2)
+    label = labels.to(weights.device).repeat(2)
+    own = image[:, None] == image
+    same = (label[:, None] == label) & ~own
+    w = weights.masked_fill(own, -math.inf)
+    least = w.topk(top, dim=1).values[:, -1:]
+    above, border = w > least, w == least
+    left = top - above.sum(dim=1).double()
+    tied = left * (same & border).sum(dim=1) / border.sum(dim=1)
+    return (((same & above).sum(dim=1) + tied) / top).mean().item()
+
+
 def _pairs(z: Tensor, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cosine and label agreement of all pairs i < j, flat, `chunk` rows at a time."""
     for start in range(0, len(z), chunk):

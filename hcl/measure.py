@@ -6,19 +6,23 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcl import collapse, crossval, geometry, losses, ordering, probe
+from hcl import collapse, crossval, geometry, losses, neighbours, ordering, probe, sentence_tasks
 from hcl.graphs import Graphs, Heads
-from hcl.objective import Objective, batches, placed
-from hcl.runs import INFOGRAPH, Run
+from hcl.methods import INFOGRAPH
+from hcl.objective import Objective, batches, halves
+from hcl.run import Run
+from hcl.sentences import Sentences
+from hcl.units import placed
 
 if TYPE_CHECKING:
     from hcl.train import Data, Model
 
 KNN_TEMPERATURE = 0.5  # one yardstick for all runs; the released code has that of the loss
 SVC = {"svc": False, "svc_scaled": True}  # metric: is each fit standardised
+AMONG = 100  # consecutive held-out sentences that a neighbour is looked for in
 WATCHED = 4  # batches of training data whose losses are watched
 
 
@@ -30,16 +34,19 @@ def measure(
     metrics = _accuracy(run, model, data, linear=run.probe == "fast")
     z1, z2 = (_embed(model, view) for view in data.views(data.x_test, generator))
     z = _embed(model, data.inputs(data.x_test))
-    edges, same, different = geometry.similarity_histograms(z, data.y_test)
     metrics |= {
         "alignment": float(geometry.alignment(z1, z2)),
         "uniformity": float(geometry.uniformity(z)),
-        "overlap": float(geometry.overlap(same, different, edges)),
     }
+    if not isinstance(data, Sentences):  # a book is no class
+        edges, same, different = geometry.similarity_histograms(z, data.y_test)
+        metrics["overlap"] = float(geometry.overlap(same, different, edges))
     if run.method == INFOGRAPH:
         metrics |= _floor_share(run, model, data)
-    elif not (run.queue and run.tau_plus):  # the queue is not at hand
+    elif _has_clamp_share(run):
         metrics["clamp_share"] = _clamp_share(run, z1, z2)
+    if model.classifier is not None:
+        metrics["top1"] = _top1(model, data)
     if run.probe == "released" and not _is_cross_validated(data):
         metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)
     kept = slice(0, min(embeddings, len(z)))
@@ -81,6 +88,8 @@ def watched(run: Run, model: Model, data: Data) -> dict[str, float]:
 def _accuracy(run: Run, model: Model, data: Data, *, linear: bool = False) -> dict[str, float]:
     if _is_cross_validated(data):
         return _cross_validated(run, model, data)
+    if isinstance(data, Sentences):
+        return _of_sentences(run, model, data, tasks=linear)
     train_h = probe.features(model.encoder, data.x_probe, data.inputs)
     test_h = probe.features(model.encoder, data.x_test, data.inputs)
     votes = run.temperature if run.protocol == "released" else KNN_TEMPERATURE
@@ -93,6 +102,33 @@ def _accuracy(run: Run, model: Model, data: Data, *, linear: bool = False) -> di
         for name, scaled in SVC.items():
             found[name] = crossval.svc_accuracy(z, y, test_z, test_y, scaled=scaled)
     return found
+
+
+def _of_sentences(run: Run, model: Model, data: Sentences, *, tasks: bool) -> dict[str, float]:
+    """How often a held-out sentence is nearest to a neighbour, and the six tasks' accuracies."""
+    found = {"retrieval": _retrieval(run, model, data)}
+    for task in data.tasks if tasks else ():
+        x = sentence_tasks.features(task, lambda texts: data.embed(model.encoder, texts))
+        judged = sentence_tasks.judge(task, x, seed=run.seed)
+        found |= {f"{task.name}{'' if k == 'accuracy' else ' F1'}": v for k, v in judged.items()}
+    return found
+
+
+def _retrieval(run: Run, model: Model, data: Sentences) -> float:
+    """Mean over blocks of held-out sentences of :func:`hcl.neighbours.found_share`."""
+    z = probe.features(model, data.x_test, data.inputs)
+    f, g = halves(model, z, run.normalize)
+    blocks = zip(*(part.split(AMONG) for part in (f, g, data.y_test)), strict=True)
+    shares = [neighbours.found_share(*block) for block in blocks if len(block[0]) == AMONG]
+    return sum(shares) / len(shares) if shares else neighbours.found_share(f, g, data.y_test)
+
+
+def _top1(model: Model, data: Data) -> float:
+    """Test accuracy of the classifier that was trained."""
+    assert model.classifier is not None
+    both = nn.Sequential(model.encoder, model.classifier)
+    predicted = probe.features(both, data.x_test, data.inputs).argmax(dim=1)
+    return float((predicted == data.y_test).double().mean())
 
 
 def _is_cross_validated(data: Data) -> bool:
@@ -127,6 +163,11 @@ def _floor_share(run: Run, model: Model, data: Data) -> dict[str, float]:
 
 def _embed(model: Model, inputs: Tensor) -> Tensor:
     return F.normalize(probe.features(model, inputs, lambda x: x), dim=1)
+
+
+def _has_clamp_share(run: Run) -> bool:
+    """Whether the negatives of the loss are those of two views alone."""
+    return run.method in losses.METHODS and not (run.tau_plus and (run.queue or run.synthetic))
 
 
 def _clamp_share(run: Run, z1: Tensor, z2: Tensor) -> float:

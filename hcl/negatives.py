@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hcl import checks, distributed
 from hcl.rowstats import Engine, Precision, by_strips, logsumexps
 from hcl.tiles import LEAST, STRIP, wide
-from hcl.units import unit_views
+from hcl.units import EPSILON, unit_views
 
 Unlabelled = Literal["negative", "ignore"]
 
@@ -124,9 +124,7 @@ class Batch:
             self.positives = p.repeat(2) if self.among["cross_modal"] else _each(p, z.shape[1])
             queue, synthetic = self.among["queue"], self.among["synthetic"]
             self.queue = None if queue is None else self._like(queue, z)
-            self.synthetic = (
-                None if synthetic is None else self._own_scores(self._like(synthetic, z))
-            )
+            self.synthetic = None if synthetic is None else self._own_scores(synthetic.to(z.dtype))
         self.extra = (0 if queue is None else len(queue)) + (
             0 if synthetic is None else synthetic.shape[1]
         )
@@ -180,11 +178,15 @@ class Batch:
 
     def _own_scores(self, synthetic: Tensor) -> Tensor:
         """Scores (n, S) of the anchors with their own synthetic negatives."""
-        images, scores = self.order[self.local] - self.mine.start, []
-        for side in self.sides:
-            mine = self._index(images, side.anchors, len(self.mine))
-            scores.append(torch.einsum("nd,nsd->ns", side.x, synthetic[mine]) / self.temperature)
-        return torch.cat(scores)
+        images = self.order[self.local] - self.mine.start
+        mine = torch.cat([self._index(images, s.anchors, len(self.mine)) for s in self.sides])
+        x = torch.cat([side.x for side in self.sides])
+        # the few anchors are put in the order of the many negatives, whose lengths divide at last
+        x = x.new_zeros(len(synthetic), x.shape[1]).index_copy(0, mine, x)
+        scores = torch.einsum("nd,nsd->ns", x, synthetic) / self.temperature
+        if self.among["normalize"]:
+            scores = scores / torch.linalg.vector_norm(synthetic, dim=2).clamp(min=EPSILON)
+        return (scores if self.root is None else scores * self.root.to(scores))[mine]
 
     @cached_property
     def _group_sizes(self) -> Tensor:

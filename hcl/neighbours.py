@@ -103,6 +103,24 @@ def hard_neighbours(
     return (each * share).sum() / share.sum()
 
 
+@torch.no_grad()
+def found_share(f: Tensor, g: Tensor, book: Tensor | None = None, *, reach: int = 1) -> float:
+    """The share of sentences whose highest score with another one is with a neighbour.
+
+    Of those that have a neighbour; arguments and errors as in :func:`quick_thoughts`.
+
+    Source: ours; the loss itself, as a count.
+
+    >>> z = torch.eye(4) + torch.eye(4).roll(1, 1)  # alike are those that stand side by side
+    >>> found_share(z, z)
+    1.0
+    """
+    s, positive = _scores(f, g, book, 1.0, reach)
+    best = s.fill_diagonal_(-math.inf).argmax(dim=1, keepdim=True)
+    found = positive.gather(1, best).squeeze(1)[positive.any(dim=1)]
+    return float(found.double().mean())
+
+
 def _scores(
     f: Tensor, g: Tensor, book: Tensor | None, temperature: float, reach: int
 ) -> tuple[Tensor, Tensor]:

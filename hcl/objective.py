@@ -1,4 +1,4 @@
-"""What a training step asks of the model: views or mates, one pass or two, a batch or a queue."""
+"""What a training step asks of the model: views or mates, a batch or a queue, labels or not."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcl import losses
+from hcl import synthetic
 from hcl.graphs.gin import GIN
 from hcl.graphs.infograph import Heads, LocalGlobal
+from hcl.methods import CROSS_ENTROPY, INFOGRAPH, NEIGHBOURS, loss_of
 from hcl.moco import MomentumQueue, queue_loss
-from hcl.runs import INFOGRAPH, Run, beta_in_epoch
+from hcl.run import Run, beta_in_epoch
+from hcl.sentences import Sentences
+from hcl.units import placed
 
 if TYPE_CHECKING:
     from hcl.train import Data, Model
@@ -27,7 +30,7 @@ class Objective:
         device = data.x_train.device
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         self.forward = torch.compile(model, mode=mode) if compile else model
-        self.loss = _loss(run)
+        self.loss: Any = loss_of(run)
         self.mates = Mates(data.y_train) if run.positives == "class" else None
         self.keys = None
         if run.queue:
@@ -49,11 +52,15 @@ class Objective:
         """Scalar loss of the samples ``rows`` (B,) of the training data."""
         x = self.data.x_train
         if self.run.method == INFOGRAPH:
-            return self._local_global(x[rows])
+            return self._judged(*self._nodes_and_graphs(x[rows]))
+        if self.run.method in NEIGHBOURS:
+            return self._neighbours(rows)
         if self.mates is None:
             v1, v2 = self.view_data.views(x[rows], generator)
         else:
             v1, v2 = self.view_data.views(x[rows], generator, x[self.mates(rows, generator)])
+        if self.run.cross_entropy:
+            return self._with_labels(v1, v2, rows, generator)
         with torch.autocast(x.device.type, torch.bfloat16, self.run.precision == "bfloat16"):
             if self.keys:
                 z1, z2 = self.forward(v1), self.keys.keys(v2, generator)
@@ -61,17 +68,57 @@ class Objective:
                 z1, z2 = self.forward(v1), self.forward(v2)
             else:
                 z1, z2 = self.forward(_joined(v1, v2)).chunk(2)  # (B, out_dim) each
+        if self.keys:
+            return self._queued(z1, z2)
+        if self.run.normalize != "sphere":
+            z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
+        more = self._synthetic(z1, z2, generator)
+        return self._judged(z1, z2, self.data.y_train[rows], **more)
+
+    def _judged(self, *embeddings: Tensor, **more: Tensor) -> Tensor:
         try:
-            if self.keys:
-                return self._queued(z1, z2)
-            if self.run.normalize != "sphere":
-                z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
-            found: Tensor = self.loss(z1, z2, self.data.y_train[rows])
+            found: Tensor = self.loss(*embeddings, **more)
             return found
         except ValueError as error:  # what the losses say of embeddings that are not finite
-            raise FloatingPointError(
-                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
-            ) from error
+            raise self._diverged(error) from error
+
+    def _diverged(self, error: ValueError) -> FloatingPointError:
+        return FloatingPointError(f"training diverged in epoch {self.epoch} of {self.run}: {error}")
+
+    def _synthetic(self, z1: Tensor, z2: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Further negatives, where the Run has any in this epoch."""
+        args = dict(self.run.synthetic)
+        if not args or self.epoch <= args.pop("after"):
+            return {}
+        return {"synthetic": synthetic.mixtures(z1, z2, generator=generator, **args)}
+
+    def _with_labels(self, v1: Any, v2: Any, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross-entropy of both views, and the method's own loss for the rest."""
+        labels, share = self.data.y_train[rows], self.run.cross_entropy
+        device = labels.device.type
+        with torch.autocast(device, torch.bfloat16, self.run.precision == "bfloat16"):
+            if self.run.separate_views:
+                h = torch.cat([self.model.encoder(v) for v in (v1, v2)])
+            else:
+                h = self.model.encoder(_joined(v1, v2))  # (2B, width)
+            assert self.model.classifier is not None
+            logits = self.model.classifier(h)
+            z1, z2 = self.model.head(h).chunk(2)
+        ce = F.cross_entropy(logits.float(), labels.repeat(2))
+        if self.run.method == CROSS_ENTROPY:
+            return ce
+        if self.run.normalize != "sphere":
+            z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
+        more = self._synthetic(z1, z2, generator)
+        return (1 - share) * self._judged(z1, z2, labels, **more) + share * ce
+
+    def _neighbours(self, rows: Tensor) -> Tensor:
+        """Consecutive sentences, compared by two encoders or by one."""
+        x, run = self.data.x_train, self.run
+        with torch.autocast(x.device.type, torch.bfloat16, run.precision == "bfloat16"):
+            z = self.forward(self.data.inputs(x[rows]))
+        f, g = halves(self.model, z.to(torch.promote_types(z.dtype, torch.float32)), run.normalize)
+        return self._judged(f, g, self.data.y_train[rows])
 
     def _nodes_and_graphs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What InfoGraph compares, and the graph of each node."""
@@ -87,22 +134,16 @@ class Objective:
         """Of the graphs x (B,), see :func:`hcl.graphs.infograph.floor_share`."""
         return cast(LocalGlobal, self.loss).floor_share(*self._nodes_and_graphs(x))
 
-    def _local_global(self, x: Tensor) -> Tensor:
-        try:
-            found: Tensor = self.loss(*self._nodes_and_graphs(x))
-            return found
-        except ValueError as error:
-            raise FloatingPointError(
-                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
-            ) from error
-
     def batches(self, generator: torch.Generator) -> Iterator[Tensor]:
         """Rows of the batches of an epoch, as many as :func:`steps` says.
 
         InfoGraph's last batch may be smaller, and the released graph code has one order for all
-        epochs.
+        epochs. Losses of neighbours take blocks of consecutive sentences.
         """
         n = len(self.data.x_train)
+        if self.run.method in NEIGHBOURS:
+            yield from cast(Sentences, self.data).blocks(self.run.batch, generator)
+            return
         if self.run.method != INFOGRAPH:
             yield from batches(n, self.run.batch, generator)
             return
@@ -114,7 +155,10 @@ class Objective:
     def _queued(self, query: Tensor, key: Tensor) -> Tensor:
         assert self.keys is not None
         args = {"temperature": self.run.temperature, "tau_plus": self.run.tau_plus}
-        loss = queue_loss(query, key, self.keys.queue.clone(), beta=self.loss.beta, **args)
+        try:
+            loss = queue_loss(query, key, self.keys.queue.clone(), beta=self.loss.beta, **args)
+        except ValueError as error:
+            raise self._diverged(error) from error
         self.keys.push(key)
         return loss
 
@@ -130,33 +174,15 @@ def steps(run: Run, n: int) -> int:
     return n // run.batch + rest
 
 
-def _loss(run: Run) -> losses.ContrastiveLoss | LocalGlobal:
-    if run.method == INFOGRAPH:
-        args = {name: getattr(run, name) for name in ("beta", "tau_plus", "detach_weights", "sign")}
-        return LocalGlobal(released=run.protocol == "released", **args)
-    on_sphere = run.normalize == "sphere"  # where the loss itself divides
-    return losses.ContrastiveLoss(run.method, normalize=on_sphere, **run.loss_args())
+def halves(model: Model, z: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+    """What a loss of neighbours compares of an output z (B, d): f and g, or z with itself."""
+    f, g = z.chunk(2, dim=1) if model.encoder.pair else (z, z)
+    return placed(f, normalize), placed(g, normalize)
 
 
 def _joined(v1: Any, v2: Any) -> Any:
     """Two batches of views as one: tensors, or graphs."""
     return torch.cat([v1, v2]) if isinstance(v1, Tensor) else v1.joined(v2)
-
-
-def placed(z: Tensor, normalize: str) -> Tensor:
-    """Rows (n, d) as a Run's loss compares them: on the sphere, in the ball, or as they are.
-
-    Source: Jiang et al. 2023 (neural collapse), the released code divides lengths above 1 alone.
-
-    >>> placed(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), "ball")
-    tensor([[0.6000, 0.8000],
-            [0.3000, 0.4000]])
-    """
-    if normalize == "none":
-        return z
-    if normalize == "sphere":
-        return F.normalize(z, dim=1)
-    return z / z.norm(dim=1, keepdim=True).clamp(min=1.0)
 
 
 class Mates:

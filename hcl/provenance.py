@@ -18,7 +18,8 @@ SCIENCE = (  # what a result depends on
     "losses", "annealing", "debiasing", "negatives", "units", "checks", "rowstats", "tiles",
     "kernels", "distributed", "moco", "ordering", "initial", "muon",
     "sphere", "imagesets", "views", "vision", "train", "objective", "measure", "probe", "geometry",
-    "collapse",
+    "collapse", "methods", "synthetic", "unremix", "relatives", "transport",
+    "corpus", "neighbours", "sentences", "sentence_tasks",
     "graphs/batch", "graphs/data", "graphs/families", "graphs/gin", "graphs/infograph",
     "graphs/sets", "graphs/views", "crossval",
 )  # fmt: skip

@@ -18,23 +18,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hcl import crossval, graphs, memory, runs, sphere, vision
+from hcl import crossval, graphs, memory, runs, sentences, sphere, vision
 from hcl.atomic import whole_or_nothing
 from hcl.graphs.sets import TU
 from hcl.imagesets import SOURCES
 from hcl.measure import measure, watched
+from hcl.methods import ARGUMENTS, INFOGRAPH, NEIGHBOURS
 from hcl.muon import Muon
 from hcl.objective import Mates as Mates
 from hcl.objective import Objective, steps
 from hcl.objective import batches as batches
 from hcl.provenance import code_fingerprint, provenance
-from hcl.runs import INFOGRAPH, Record, Run
+from hcl.run import Run
+from hcl.runs import Record
 
 LOADERS: dict[str, Callable[..., Any]] = {  # other names: hcl.vision's
     "sphere": sphere.load,
     "graphs": graphs.load_families,
     **dict.fromkeys(TU, graphs.load),
+    "pydoc": sentences.load,
 }
+BOOKS = "books/"  # and the name of a folder of plain-text books
 
 
 class Data(Protocol):
@@ -74,12 +78,12 @@ class Model(nn.Module):
     """Encoder and projection head: ``model(x)`` is the (B, out_dim) embedding the loss sees.
 
     The probes use ``model.encoder(x)``, as the papers do. Without a head (encoder "raw") the
-    embedding is the encoder's output.
+    embedding is the encoder's output. A classifier of that output is there for cross-entropy.
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module):
+    def __init__(self, encoder: nn.Module, head: nn.Module, classifier: nn.Module | None = None):
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.classifier = encoder, head, classifier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x))
@@ -107,9 +111,11 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
     Raises: ValueError: unknown data, or an option the loader does not have; FileNotFoundError: the
     set is missing (the message says how to get it).
     """
-    if run.data not in (known := [*LOADERS, *SOURCES]):
-        raise ValueError(f"data={run.data!r}: choose one of {', '.join(known)}")
-    load = LOADERS.get(run.data, vision.load)
+    name, load = run.data, LOADERS.get(run.data, vision.load)
+    if name.startswith(BOOKS):
+        name, load = name.removeprefix(BOOKS), sentences.load
+    elif name not in (known := [*LOADERS, *SOURCES]):
+        raise ValueError(f"data={name!r}: choose one of {', '.join(known)}, {BOOKS}FOLDER")
     options = set(inspect.signature(load).parameters)
     options -= {"name", "root", "device", "seed"}
     if load is vision.load:
@@ -124,7 +130,7 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
         if run.data == "stl10":
             args = {"view_size": 32, **args}
     try:
-        return load(run.data, device=device, seed=run.seed, **args)
+        return load(name, device=device, seed=run.seed, **args)
     except ValueError as error:
         if args == run.data_args:
             raise
@@ -149,8 +155,11 @@ def build_model(run: Run, data: Data) -> Model:
         width = int(encoder.out_dim)  # type: ignore[arg-type]
         if run.method == INFOGRAPH:
             return Model(encoder, graphs.Heads(width))
-        head = projection_head(width, hidden_dim=run.hidden_dim, out_dim=run.out_dim)
-    return Model(encoder, head)
+        head: nn.Module = nn.Identity()
+        if run.head == "mlp":
+            head = projection_head(width, hidden_dim=run.hidden_dim, out_dim=run.out_dim)
+        classifier = nn.Linear(width, len(data.classes)) if run.cross_entropy else None
+    return Model(encoder, head, classifier)
 
 
 def train(
@@ -159,6 +168,7 @@ def train(
     store: Path | None = None,
     device: str | None = None,
     embeddings: int = 0,
+    weights: bool = False,
     compile: bool = False,
     checkpoint_every: float = 60.0,
     deadline: float = math.inf,
@@ -171,6 +181,7 @@ def train(
             with CUDA graphs and whichever convolutions are quickest there, so no longer the same
             to the last digit each time; the Record's provenance says so.
         embeddings: keep the unit embeddings of so many test points (float16) with the Record.
+        weights: keep those of the encoder beside the Record, in a file ``.pt`` that git ignores.
         checkpoint_every: seconds between checkpoints, written at ends of epochs; a later call with
             the same Run continues from the last one. It is removed when the Record is stored.
         deadline: in seconds of time.time(); an epoch that would end later is not begun.
@@ -187,7 +198,11 @@ def train(
     if compile and isinstance(data, graphs.Graphs):
         raise ValueError(f"compile: {run.data} has graphs, whose batches are of many sizes")
     memory.keep()
-    model = build_model(run, data).to(where).to(memory_format=torch.channels_last)
+    model = build_model(run, data)
+    if run.start:
+        began = encoder_weights(run.starts_from(), store=store, device=device, deadline=deadline)
+        model.encoder.load_state_dict(began)
+    model = model.to(where).to(memory_format=torch.channels_last)
     made = provenance(where)  # now: nothing that could fail is left for after the training
     checkpoint = runs.path_of(run, store=store).with_suffix(".checkpoint")
     with torch.backends.cudnn.flags(deterministic=not compile, benchmark=compile):
@@ -207,9 +222,39 @@ def train(
     if compile:
         made |= {"compiled": True}
     record = Record(run=run, metrics=metrics, history=history, cost=cost, provenance=made)
-    record = runs.save(record, store=store, arrays=arrays)
+    if weights:
+        with whole_or_nothing(weights_path(run, store=store)) as part, part.open("wb") as file:
+            torch.save({"made_by": _made_by(run), "encoder": model.encoder.state_dict()}, file)
+    if not (weights and runs.path_of(run, store=store).exists()):  # a Record stays as it is
+        record = runs.save(record, store=store, arrays=arrays)
     checkpoint.unlink(missing_ok=True)
     return record
+
+
+def weights_path(run: Run, *, store: Path | None = None) -> Path:
+    """The file of a Run's trained encoder, whether it exists or not."""
+    return runs.path_of(run, store=store).with_suffix(".pt")
+
+
+def encoder_weights(
+    run: Run, *, store: Path | None = None, device: str | None = None, deadline: float = math.inf
+) -> dict[str, Tensor]:
+    """The state of a Run's trained encoder: what is kept beside its Record, else it is trained now.
+
+    Raises: as :func:`train`.
+    """
+    path = weights_path(run, store=store)
+    for last in (False, True):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["made_by"] == _made_by(run):
+                found: dict[str, Tensor] = state["encoder"]
+                return found
+        except Exception:  # none, or whatever damaged bytes lead torch.load to: made again
+            if last:
+                raise
+        train(run, store=store, device=device, weights=True, deadline=deadline)
+    raise AssertionError(path)
 
 
 def _check_data(run: Run, data: Data) -> None:
@@ -222,8 +267,11 @@ def _check_data(run: Run, data: Data) -> None:
         raise ValueError(
             f"queue={run.queue}: goes with pictures and points, not with graphs, use 0"
         )
+    if run.method in NEIGHBOURS and not isinstance(data, sentences.Sentences):
+        raise ValueError(f"method={run.method!r}: compares neighbours, and {run.data} has no texts")
     needs = {
-        f"method={run.method!r}": "labels" in runs.ARGUMENTS[run.method],
+        f"method={run.method!r}": "labels" in ARGUMENTS[run.method],
+        f"cross_entropy={run.cross_entropy}": bool(run.cross_entropy),
         f"positives={run.positives!r}": run.positives == "class",
         f"watch={run.watch!r}": run.watch == "losses",
     }

@@ -188,8 +188,13 @@ def transported(
     )
 
 
-def _check(cost: Tensor, eps: float, tol: float, max_iter: int) -> None:
+def check_eps(eps: float) -> None:
+    """Refuse an eps that is no positive number."""
     checks.number("eps", eps, "must be positive (the released code has 0.7)", above=0)
+
+
+def _check(cost: Tensor, eps: float, tol: float, max_iter: int) -> None:
+    check_eps(eps)
     checks.number("tol", tol, "must be positive", above=0)
     if max_iter < 1:
         raise ValueError(f"max_iter={max_iter}: at least one round would do")

@@ -70,3 +70,19 @@ class _UnitViews(torch.autograd.Function):
         if order is not None:  # images that were left out get zero
             dz = dz.new_zeros(len(views[0]), *dz.shape[1:]).index_copy_(0, order, dz)
         return None, *(g.to(v.dtype) for g, v in zip(dz.unbind(1), views, strict=True))
+
+
+def placed(z: Tensor, normalize: str) -> Tensor:
+    """Rows (n, d) as a Run's loss compares them: on the sphere, in the ball, or as they are.
+
+    Source: Jiang et al. 2023 (neural collapse), the released code divides lengths above 1 alone.
+
+    >>> placed(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), "ball")
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000]])
+    """
+    if normalize == "none":
+        return z
+    if normalize == "sphere":
+        return F.normalize(z, dim=1)
+    return z / z.norm(dim=1, keepdim=True).clamp(min=1.0)

@@ -116,6 +116,7 @@ def load(
     view_size: int | None = None,
     input_size: int | None = None,
     labelled: bool = False,
+    shots: int | None = None,
     statistics: str = "own",
     augmentation: Augmentation | None = None,
 ) -> Images:
@@ -126,7 +127,9 @@ def load(
     `view_size` is the side of the random views where it differs (the released code trains STL-10
     on views of 32 pixels and tests on 96). Pictures are normalised with the mean and deviation of
     the training pictures ("own") or, as the released code does for every set, with those it has
-    for CIFAR-10 ("released"). STL-10's probe rows are its 5,000 labelled training pictures.
+    for CIFAR-10 ("released"). `shots` keeps so many training pictures of each class, drawn by
+    `seed` out of the `n_train`, and the probe's are the same few. STL-10's probe rows are its
+    5,000 labelled training pictures.
 
     Raises:
         ValueError: an unknown name, or an option out of range.
@@ -148,8 +151,12 @@ def load(
     x_train, y_train = _part(splits.x_train, splits.y_train, n_train, "n_train", seed, size)
     x_test, y_test = _part(splits.x_test, splits.y_test, n_test, "n_test", seed, size)
     mean, std = _statistics(x_train) if statistics == "own" else _released(x_train)
+    if shots is not None:
+        few = _few(y_train, shots, seed, splits.classes)
+        x_train, y_train = x_train[few], y_train[few]
     rows = x_train, y_train = x_train.to(device), y_train.to(device)
-    if (known := splits.y_train >= 0).all():
+    known = splits.y_train >= 0
+    if shots is not None or known.all():
         x_probe, y_probe = rows
     else:
         x_probe, y_probe = _part(splits.x_train[known], splits.y_train[known], size=size)
@@ -182,6 +189,19 @@ def _part(
         rows = subset(y, n, seed=seed, what=what)
         x, y = x[rows], y[rows]
     return resized(torch.from_numpy(x), size), torch.from_numpy(y).long()
+
+
+def _few(y: Tensor, shots: int, seed: int, classes: Sequence[str]) -> Tensor:
+    """Row numbers of so many random members of each class, ascending."""
+    if shots < 1:
+        raise ValueError(f"shots={shots}: give at least 1 picture a class, or None for all")
+    rng, found = np.random.default_rng(seed), []
+    for k, name in enumerate(classes):
+        members = np.flatnonzero(y.numpy() == k)
+        if len(members) < shots:
+            raise ValueError(f"shots={shots}: class {name!r} has {len(members)} training pictures")
+        found.append(rng.choice(members, shots, replace=False))
+    return torch.from_numpy(np.sort(np.concatenate(found)))
 
 
 def subset(y: np.ndarray, n: int, *, seed: int, what: str = "n") -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hcl import runs
-from hcl.runs import Run, beta_in_epoch
+from hcl.run import Run, beta_in_epoch
 from hcl.train import Model, batches, build_model, load_data, projection_head, train
 
 
