@@ -31,6 +31,7 @@ lint: .venv/installed
 bench: .peers/installed  ## what a training step, its parts and a loss cost, beside other libraries; forty minutes
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/graphs.py
+	$(BIN)/python benchmarks/sentences.py
 	PYTHONPATH=.peers $(BIN)/python benchmarks/train.py
 	PYTHONPATH=.peers $(BIN)/python benchmarks/loss.py
 

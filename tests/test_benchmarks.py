@@ -28,16 +28,156 @@ def load(name):
     return module
 
 
-def test_a_step_trains_and_every_loss_is_compared():
-    bench = load("step")
-    step = bench.Step(bench.LOSSES["HCL"], "small", CPU)
-    before = [p.clone() for p in step.model.parameters()]
+# --- a step of every method
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return load("step")
+
+
+def test_a_step_trains_and_every_loss_is_compared(steps):
     x = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
-    assert step.seconds(x) > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
-    found = bench.measure("small", batch=8, size=8, rounds=4, device=CPU)
-    assert found["HCL_q1"] <= found["HCL_ratio"] <= found["HCL_q3"]
-    assert found["Debiased_ratio"] > 0
+    labels = torch.arange(8) % 3
+    for loss in steps.LOSSES.values():
+        step = steps.Step(loss, "small", CPU)
+        before = [p.clone() for p in step.model.parameters()]
+        assert step.seconds(x, labels) > 0
+        moved = [
+            not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True)
+        ]
+        assert any(moved)
+    found = steps.measure("small", batch=8, size=8, rounds=4, device=CPU)
+    assert set(found) == {"SimCLR_seconds"} | {
+        f"{name}_{what}" for name in list(steps.LOSSES)[1:] for what in ("ratio", "q1", "q3")
+    }
+    for name in list(steps.LOSSES)[1:]:
+        assert 0 < found[f"{name}_q1"] <= found[f"{name}_ratio"] <= found[f"{name}_q3"]
+
+
+def test_every_name_stands_for_its_loss(steps):
+    """At equal embeddings: H-SCL differs from SCL, mixtures add negatives, and so on."""
+    g = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.nn.functional.normalize(torch.randn(40, 8, generator=g), dim=1) for _ in "ab")
+    labels = torch.randint(10, (40,), generator=g)
+    values = {name: loss(z1, z2, labels).item() for name, loss in steps.LOSSES.items()}
+    assert len(set(values.values())) == len(steps.LOSSES)
+    others = torch.arange(40).repeat(2)
+    changed = {n for n, loss in steps.LOSSES.items() if n not in ("MoCHi", "SSCL")
+               and loss(z1, z2, others[:40]).item() != values[n]}  # fmt: skip
+    assert changed == {"SCL", "H-SCL", "SupCon", "SCHaNe"}
+    assert values["MoCHi"] > values["SimCLR"]
+    array = torch.cat([z1, z2]).double().numpy()
+    assert values["SimCLR"] == pytest.approx(loop(array, beta=0.0, tau=0.0), rel=1e-5)
+    assert values["HCL"] == pytest.approx(loop(array), rel=1e-5)
+    assert values["DCL"] == pytest.approx(loop(array, kind="decoupled"), rel=1e-5)
+
+
+def test_mixtures_are_made_within_the_step(steps, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        steps, "mixtures", lambda z1, z2, **kinds: asked.append(kinds) or torch.ones(80, 3, 8)
+    )
+    z = torch.eye(40, 8) + 0.1
+    for name in ("MoCHi", "SSCL"):
+        steps.LOSSES[name](z, z, None)
+    assert asked == [{"hardest": 64, "between": 32, "with_anchor": 16}] * 2
+
+
+def test_the_step_benchmark_writes_what_the_page_reads(steps, tmp_path, monkeypatch, capsys):
+    few = {name: steps.LOSSES[name] for name in ("SimCLR", "Debiased", "HCL", "Ring")}
+    monkeypatch.setattr(steps, "LOSSES", few)
+    out = tmp_path / "step.json"
+    words = ["--rounds=2", "--batch=9", "--size=8", f"--out={out}"]
+    with pytest.raises(SystemExit):
+        steps.main([*words, "--batch=5"])
+    assert "--batch 5: must be 6 or more" in capsys.readouterr().err
+    steps.main([*words, "--batch=6"])
+    made = json.loads(out.read_text(), parse_constant=refuse_constants)
+    assert made["setting"] == {"rounds": 2, "encoder": "small", "batch": 6, "size": 8}
+    assert made["result"]["HCL_q1"] <= made["result"]["HCL_ratio"] <= made["result"]["HCL_q3"]
+    assert made["provenance"]["torch"] == str(torch.__version__)
+    assert "Ring_ratio" in capsys.readouterr().out
+
+
+# --- sentences
+
+
+@pytest.fixture(scope="module")
+def reading():
+    return load("sentences")
+
+
+def small(reading, *more):
+    words = ["--batch", "30", "--width", "8", "--hidden", "4", "--rounds", "3", *map(str, more)]
+    return reading.arguments(words)
+
+
+def test_both_loops_train_alike_from_the_same_weights(reading):
+    run = reading.run_of(small(reading))
+    data = reading.load_data(run)
+    both = reading.entrants(run, data)
+    blocks = list(data.blocks(30, torch.Generator().manual_seed(0)))[:6]
+    ours, plain = ([entrant(rows).item() for rows in blocks] for entrant in both.values())
+    assert ours == pytest.approx(plain, rel=1e-4)
+    assert ours[0] == pytest.approx(math.log(30), rel=0.05)  # nothing is learnt yet
+    assert both[reading.OURS](blocks[0]) < ours[0]
+
+
+def test_targets_are_uniform_on_the_neighbours_of_a_book(reading):
+    found = reading.neighbours(torch.tensor([4, 4, 4, 7, 9, 9]))
+    half = 0.5
+    assert found.tolist() == [
+        [0, 1, 0, 0, 0, 0], [half, 0, half, 0, 0, 0], [0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0],
+    ]  # fmt: skip
+
+
+def test_sentences_a_second_by_hand(reading):
+    ours, plain = reading.OURS, reading.PLAIN
+    times = [{ours: 1.0, plain: 3.0}, {ours: 2.0, plain: 2.0}, {ours: 4.0, plain: 8.0}]
+    rows = reading.summary(times, 400)
+    assert rows[ours] == {
+        "seconds": 2.0, "sentences_per_second": 200.0, "ratio": 1, "ratio_q1": 1, "ratio_q3": 1,
+    }  # fmt: skip
+    assert [rows[plain][f"ratio{end}"] for end in ("_q1", "", "_q3")] == [1, 2, 3]
+    assert rows[plain]["sentences_per_second"] == pytest.approx(400 / 3)
+
+
+def test_both_read_the_same_block_in_every_round(reading):
+    calls = []
+    entered = {name: lambda rows, name=name: calls.append((name, int(rows))) for name in "ab"}
+    times = reading.race(entered, [torch.tensor(5), torch.tensor(6)], 20)
+    assert len(times) == 20
+    assert all(set(row) == {"a", "b"} for row in times)
+    rounds = [calls[i : i + 2] for i in range(2, 42, 2)]  # after one of each to warm up
+    assert [{name for name, _ in r} for r in rounds] == [{"a", "b"}] * 20
+    assert [{block for _, block in r} for r in rounds] == [{5}, {6}] * 10
+    assert len({r[0][0] for r in rounds}) == 2  # in either order
+
+
+def test_the_sentence_benchmark_writes_what_it_found(reading, tmp_path, capsys):
+    out = tmp_path / "sentences.json"
+    words = ["--batch=30", "--width=8", "--hidden=4", "--rounds=3", f"--out={out}"]
+    reading.main(words)
+    made = json.loads(out.read_text(), parse_constant=refuse_constants)
+    assert made["setting"]["batch"] == 30
+    assert made["setting"]["data"] == "pydoc"
+    assert made["setting"]["clock"] in ("wall", "processor time of one thread")
+    assert made["provenance"]["torch"] == str(torch.__version__)
+    assert set(made["step"]) == {reading.OURS, reading.PLAIN}
+    for row in made["step"].values():
+        assert set(row) == {*made["fields"], "ratio_q1", "ratio_q3"}
+        assert row["seconds"] * row["sentences_per_second"] == pytest.approx(30)
+        assert 0 < row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
+    assert "sentences_per_second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("--rounds", 1), ("--batch", 3), ("--width", 0)])
+def test_an_impossible_sentence_benchmark_is_refused(reading, words, capsys):
+    with pytest.raises(SystemExit):
+        small(reading, *words)
+    assert f"{words[0]} {words[1]}: must be" in capsys.readouterr().err
 
 
 # --- the loss alone

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hcl import losses
-from hcl.neighbours import hard_neighbours, quick_thoughts
+from hcl.neighbours import found_share, hard_neighbours, quick_thoughts
 
 
 def draw(n=9, d=5, seed=0):
@@ -155,3 +155,63 @@ def test_a_class_prior_out_of_range_is_refused(tau):
 def test_types_that_differ_are_refused(loss):
     with pytest.raises(TypeError, match=r"f is torch\.float32 and g torch\.float64"):
         loss(torch.zeros(9, 2), torch.zeros(9, 2).double())
+
+
+# What is nearest ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("book", BOOKS)
+@pytest.mark.parametrize("reach", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_share_of_neighbours_found_is_a_count(book, reach, seed):
+    f, g = draw(seed=seed)
+    found = []
+    for i in range(9):
+        scores = {j: float(f[i] @ g[j]) for j in range(9) if j != i}
+        if near := neighbours(i, 9, book, reach):
+            found.append(max(scores, key=scores.get) in near)
+    tensor = None if book is None else torch.tensor(book)
+    share = found_share(f, g, tensor, reach=reach)
+    assert share == pytest.approx(sum(found) / len(found))
+    assert isinstance(share, float)
+
+
+def test_the_share_counts_only_sentences_that_have_a_neighbour():
+    book = torch.tensor([0, 0, 1, 2, 2])
+    f = torch.eye(5)
+    g = torch.eye(5)[[1, 0, 2, 4, 3]]  # row 2 is alone in its book, and finds none
+    assert found_share(f, g, book) == 1.0
+    assert found_share(f, torch.eye(5)[[1, 2, 0, 4, 3]], book) == 0.75  # row 0 finds row 2
+
+
+def test_a_sentence_does_not_find_itself_and_nothing_is_changed():
+    f, g = (100 * torch.eye(6), 100 * torch.eye(6) + torch.eye(6).roll(1, 0))
+    before = f.clone(), g.clone()
+    assert found_share(f, g) == pytest.approx(5 / 6)
+    assert torch.equal(f, before[0])
+    assert torch.equal(g, before[1])
+    f.requires_grad_()
+    assert found_share(f, g) == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("n", [20, 50])
+def test_the_share_of_random_embeddings_is_that_of_chance(n):
+    """Two neighbours among n - 1 other sentences, but for those at the ends, which have one."""
+    found = [found_share(*draw(n, 6, seed)) for seed in range(200)]
+    chance = (2 * (n - 2) + 2) / n / (n - 1)
+    assert sum(found) / 200 == pytest.approx(chance, abs=5 * (chance / n / 200) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"g": torch.zeros(8, 5)}, "equal shapes"),
+        ({"f": torch.zeros(1, 5), "g": torch.zeros(1, 5)}, "B >= 2"),
+        ({"reach": 0}, "reach=0"),
+        ({"book": torch.arange(9)}, "no two of 9 sentences"),
+        ({"f": torch.full((9, 5), math.inf)}, "NaN"),
+    ],
+)
+def test_a_share_of_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        found_share(**({"f": torch.zeros(9, 5), "g": torch.ones(9, 5)} | change))

@@ -3,12 +3,14 @@
 Losses and queues have tests of their own; here is what the trainer makes of the options.
 """
 
+import copy
 import functools
 import json
 import math
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -662,3 +664,221 @@ def test_a_damaged_checkpoint_of_a_study_is_refused_and_kept(tiny, damage):
         train(run, progress=False, checkpoint_every=0.0)
     assert path.read_bytes() == damage
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# The same few pictures of each class --------------------------------------------------------------
+
+DIGITS = {"data": "digits", "batch": 10}
+
+
+def pictures(x):
+    """Each picture as bytes."""
+    return [bytes(row.flatten().tolist()) for row in x]
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_shots_are_so_many_pictures_of_each_class_out_of_those_there_were(shots):
+    few = vision.load("digits", n_train=200, n_test=60, shots=shots)
+    whole = vision.load("digits", n_train=200, n_test=60)
+    assert few.y_train.bincount().tolist() == [shots] * 10
+    left = dict(zip(pictures(whole.x_train), whole.y_train.tolist(), strict=True))
+    assert len(left) == 200  # no two alike
+    assert [left[x] for x in pictures(few.x_train)] == few.y_train.tolist()
+    assert len(set(pictures(few.x_train))) == 10 * shots
+    assert torch.equal(few.x_probe, few.x_train)
+    assert torch.equal(few.y_probe, few.y_train)
+    assert torch.equal(few.x_test, whole.x_test)
+    assert torch.equal(few.mean, whole.mean)  # of all: a start sees the same pictures
+    assert torch.equal(few.std, whole.std)
+
+
+def test_shots_are_drawn_by_the_seed(monkeypatch):
+    read = vision.read  # one split of the digits for all seeds
+    monkeypatch.setattr(vision, "read", lambda name, root, seed: read(name, root, 0))
+    one, again, other = (vision.load("digits", shots=2, seed=s) for s in (0, 0, 1))
+    assert torch.equal(one.x_train, again.x_train)
+    assert torch.equal(one.x_test, other.x_test)
+    assert not torch.equal(one.x_train, other.x_train)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [({"shots": 0}, "shots=0: give at least 1"), ({"shots": -1}, "shots=-1"),
+     ({"shots": 300}, r"shots=300: class '0' has 1\d\d training pictures"),
+     ({"shots": 3, "n_train": 20}, "shots=3: class '[0-9]' has 2 training pictures")],
+    ids=str,
+)  # fmt: skip
+def test_fewer_pictures_than_shots_are_refused_before_training(tiny, monkeypatch, args, message):
+    monkeypatch.setattr(trainer, "fit", None)
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**DIGITS, data_args=args), progress=False)
+
+
+def test_as_many_shots_as_there_are_will_do():
+    assert len(vision.load("digits", n_train=20, shots=2).x_train) == 20
+
+
+def test_shots_of_partly_unlabelled_pictures_are_labelled_ones(monkeypatch):
+    """As STL-10: most training pictures have no label, and the probe has all that do."""
+    read = vision.read
+
+    def unlabelled(name, root, seed):
+        splits = read(name, root, seed)
+        y = splits.y_train.copy()
+        y[np.arange(len(y)) % 3 > 0] = -1
+        return splits._replace(y_train=y)
+
+    monkeypatch.setattr(vision, "read", unlabelled)
+    whole = vision.load("digits")
+    assert (whole.y_train < 0).sum() > 800
+    few = vision.load("digits", shots=4)
+    assert few.y_train.bincount().tolist() == [4] * 10
+    labels = dict(zip(pictures(whole.x_train), whole.y_train.tolist(), strict=True))
+    assert [labels[x] for x in pictures(few.x_train)] == few.y_train.tolist()
+    assert torch.equal(few.y_probe, few.y_train)
+    with pytest.raises(ValueError, match=r"shots=100: class '\d' has \d\d training pictures"):
+        vision.load("digits", shots=100)
+
+
+def test_few_shots_are_trained_and_measured(tiny):
+    run = tiny(**DIGITS, data_args={"shots": 2}, method="cross_entropy", epochs=20, lr=0.01)
+    metrics = train(run, progress=False).metrics
+    assert 0.3 < metrics["top1"] < 0.9  # two of each class; chance is 0.1
+    assert 0.3 < metrics["linear"] < 0.9
+
+
+# A start ------------------------------------------------------------------------------------------
+
+START = {"method": "nt_xent", "epochs": 2, "batch": 32}
+
+
+def first_weights(monkeypatch, run):
+    """Record, and the model as it was before its first step."""
+    seen, fit = [], trainer.fit
+
+    def looking(its, model, *args, **options):
+        seen.append((its, copy.deepcopy(model.state_dict())))
+        return fit(its, model, *args, **options)
+
+    monkeypatch.setattr(trainer, "fit", looking)
+    record = train(run, progress=False)
+    monkeypatch.setattr(trainer, "fit", fit)
+    return record, seen
+
+
+def test_the_run_that_a_run_starts_from(tiny):
+    args = {"n_train": 300, "shots": 2}
+    run = tiny(study="a-study", data="digits", data_args=args, seed=4, temperature=0.1, lr=0.5,
+               method="cross_entropy", batch=10, start={**START, "temperature": 0.2})  # fmt: skip
+    began = Run(study="a-study", data="digits", data_args={"n_train": 300}, encoder="mlp", seed=4,
+                temperature=0.2, **START)  # fmt: skip
+    assert run.starts_from() == began
+    assert "shots" not in began.data_args
+    assert not began.start
+    assert tiny(start=START).digest != tiny().digest
+
+
+def test_an_encoder_starts_with_the_weights_of_that_run_and_the_head_anew(tiny, monkeypatch):
+    run = tiny(start=START, cross_entropy=0.5)
+    _, ((first, _), (second, began)) = first_weights(monkeypatch, run)
+    assert (first, second) == (run.starts_from(), run)
+    kept = torch.load(trainer.weights_path(first))["encoder"]
+    fresh = build_model(run, load_data(run)).state_dict()
+    for name, value in began.items():
+        part, _, rest = name.partition(".")
+        assert torch.equal(value, kept[rest] if part == "encoder" else fresh[name]), name
+    assert any(not torch.equal(kept[name], fresh[f"encoder.{name}"]) for name in kept)
+
+
+def test_the_weights_are_those_at_the_end_of_its_training(tiny, monkeypatch):
+    """Continued by one more epoch or measured at once: its own metrics of the encoder."""
+    began = train(tiny(start=START).starts_from(), store=runs.store_root() / "b", progress=False)
+    metrics = train(tiny(start=START, epochs=0), progress=False).metrics
+    assert (metrics["knn"], metrics["linear"]) == (began.metrics["knn"], began.metrics["linear"])
+    assert metrics["knn"] != train(tiny(epochs=0), progress=False).metrics["knn"]
+
+
+def test_a_start_is_trained_once_and_kept(tiny, monkeypatch):
+    run = tiny(start=START)
+    record, seen = first_weights(monkeypatch, run)
+    path = trainer.weights_path(run.starts_from())
+    assert path.suffix == ".pt"
+    assert runs.read(path.with_suffix(".json")).run == run.starts_from()
+    assert not list(path.parent.glob("*.checkpoint"))
+    before = path.read_bytes()
+    again, seen = first_weights(monkeypatch, tiny(start=START, seed=0, lr=0.01))
+    assert [its for its, _ in seen] == [again.run]
+    assert path.read_bytes() == before
+    same, seen = first_weights(monkeypatch, run)
+    assert same.metrics == record.metrics
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: path.write_bytes(b"half a file"), lambda path: path.write_bytes(b""),
+     lambda path: path.write_bytes(path.read_bytes()[:-100]),
+     lambda path: torch.save({"encoder": torch.load(path)["encoder"]}, path),
+     lambda path: torch.save(torch.load(path) | {"made_by": ["a", "b", "c"]}, path),
+     lambda path: torch.save([1, 2], path), lambda path: path.unlink()],
+    ids=["no file of torch", "empty", "cut", "by nobody", "by other code", "a list", "missing"],
+)  # fmt: skip
+def test_damaged_weights_are_made_again_and_the_record_stays(tiny, monkeypatch, damage):
+    run = tiny(start=START, epochs=1)
+    record = train(run, progress=False)
+    path = trainer.weights_path(run.starts_from())
+    wanted = torch.load(path)
+    kept = path.with_suffix(".json").read_bytes()
+    damage(path)
+    again, seen = first_weights(monkeypatch, run)
+    assert [its for its, _ in seen] == [run.starts_from(), run]
+    assert again.metrics == record.metrics
+    made = torch.load(path)
+    assert made["made_by"] == wanted["made_by"]
+    assert all(torch.equal(made["encoder"][k], v) for k, v in wanted["encoder"].items())
+    assert path.with_suffix(".json").read_bytes() == kept
+
+
+def test_a_record_that_is_there_stays_when_its_weights_are_made(tiny, monkeypatch):
+    began = tiny(start=START, study="lab").starts_from()
+    record = train(began, progress=False, embeddings=5)
+    assert not trainer.weights_path(began).exists()
+    files = {p: p.read_bytes() for p in record.path.parent.iterdir()}
+    assert len(files) == 2
+    train(tiny(start=START, study="lab"), progress=False)
+    assert {p: p.read_bytes() for p in files} == files
+    assert trainer.weights_path(began).exists()
+    assert runs.verify() == []
+
+
+def test_a_start_that_cannot_be_trained_is_refused_before_training(tiny, monkeypatch):
+    monkeypatch.setattr(trainer, "fit", None)
+    with pytest.raises(ValueError, match="batch=300: sphere has 200"):
+        train(tiny(start={**START, "batch": 300}), progress=False)
+    with pytest.raises(ValueError, match=r"start=\{'epochs': 2, 'shots': 1\}: takes batch, beta"):
+        tiny(start={"epochs": 2, "shots": 1})
+
+
+def test_an_interrupted_run_with_a_start_ends_as_if_it_had_not_been(tiny, tmp_path, monkeypatch):
+    run = tiny(start=START, epochs=4, eval_every=1)
+    whole = train(run, store=tmp_path / "whole", progress=False)
+    begin = Objective.begin
+
+    def dying(self, epoch):
+        if self.run == run and epoch == 3:
+            raise KeyboardInterrupt
+        begin(self, epoch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Objective, "begin", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, store=tmp_path / "cut", checkpoint_every=0.0, progress=False)
+    again = train(run, store=tmp_path / "cut", progress=False)
+    assert (again.metrics, again.history) == (whole.metrics, whole.history)
+
+
+def test_sentences_start_from_sentences():
+    run = Run(data="pydoc", data_args={"n_train": 100, "n_test": 60, "vocabulary": 200},
+              encoder="bag", encoder_args={"width": 8}, method="hard_neighbours", tau_plus=0.0,
+              batch=20, epochs=1, start={"method": "quick_thoughts", "epochs": 1, "batch": 20},
+              )  # fmt: skip
+    assert train(run, progress=False).metrics["loss"] > 0
