@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,9 @@ from hcl.units import placed
 
 if TYPE_CHECKING:
     from hcl.train import Data, Model
+
+
+HUGE = 1e15  # an entry of an embedding that no training comes to which has not diverged
 
 
 class Objective:
@@ -52,7 +56,10 @@ class Objective:
         """Scalar loss of the samples ``rows`` (B,) of the training data."""
         x = self.data.x_train
         if self.run.method == INFOGRAPH:
-            return self._judged(*self._nodes_and_graphs(x[rows]))
+            nodes, graphs, which = self._nodes_and_graphs(x[rows])
+            with self._watching(nodes, graphs):
+                found: Tensor = self.loss(nodes, graphs, which)
+                return found
         if self.run.method in NEIGHBOURS:
             return self._neighbours(rows)
         if self.mates is None:
@@ -70,20 +77,28 @@ class Objective:
                 z1, z2 = self.forward(_joined(v1, v2)).chunk(2)  # (B, out_dim) each
         if self.keys:
             return self._queued(z1, z2)
+        return self._contrast(z1, z2, rows, generator)
+
+    def _contrast(self, z1: Tensor, z2: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The method's loss of two views, and of mixtures where the Run has any."""
         if self.run.normalize != "sphere":
             z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
-        more = self._synthetic(z1, z2, generator)
-        return self._judged(z1, z2, self.data.y_train[rows], **more)
-
-    def _judged(self, *embeddings: Tensor, **more: Tensor) -> Tensor:
-        try:
-            found: Tensor = self.loss(*embeddings, **more)
+        with self._watching(z1, z2):
+            more = self._synthetic(z1, z2, generator)
+            found: Tensor = self.loss(z1, z2, self.data.y_train[rows], **more)
             return found
-        except ValueError as error:  # what the losses say of embeddings that are not finite
-            raise self._diverged(error) from error
 
-    def _diverged(self, error: ValueError) -> FloatingPointError:
-        return FloatingPointError(f"training diverged in epoch {self.epoch} of {self.run}: {error}")
+    @contextmanager
+    def _watching(self, *embeddings: Tensor) -> Iterator[None]:
+        """Tell what a loss refuses of embeddings out of bounds from what it refuses of a batch."""
+        try:
+            yield
+        except ValueError as error:
+            if all(bool((z.abs() < HUGE).all()) for z in embeddings):
+                raise
+            raise FloatingPointError(
+                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
+            ) from error
 
     def _synthetic(self, z1: Tensor, z2: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Further negatives, where the Run has any in this epoch."""
@@ -107,10 +122,7 @@ class Objective:
         ce = F.cross_entropy(logits.float(), labels.repeat(2))
         if self.run.method == CROSS_ENTROPY:
             return ce
-        if self.run.normalize != "sphere":
-            z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
-        more = self._synthetic(z1, z2, generator)
-        return (1 - share) * self._judged(z1, z2, labels, **more) + share * ce
+        return (1 - share) * self._contrast(z1, z2, rows, generator) + share * ce
 
     def _neighbours(self, rows: Tensor) -> Tensor:
         """Consecutive sentences, compared by two encoders or by one."""
@@ -118,7 +130,9 @@ class Objective:
         with torch.autocast(x.device.type, torch.bfloat16, run.precision == "bfloat16"):
             z = self.forward(self.data.inputs(x[rows]))
         f, g = halves(self.model, z.to(torch.promote_types(z.dtype, torch.float32)), run.normalize)
-        return self._judged(f, g, self.data.y_train[rows])
+        with self._watching(f, g):
+            found: Tensor = self.loss(f, g, self.data.y_train[rows])
+            return found
 
     def _nodes_and_graphs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What InfoGraph compares, and the graph of each node."""
@@ -155,10 +169,8 @@ class Objective:
     def _queued(self, query: Tensor, key: Tensor) -> Tensor:
         assert self.keys is not None
         args = {"temperature": self.run.temperature, "tau_plus": self.run.tau_plus}
-        try:
+        with self._watching(query, key):
             loss = queue_loss(query, key, self.keys.queue.clone(), beta=self.loss.beta, **args)
-        except ValueError as error:
-            raise self._diverged(error) from error
         self.keys.push(key)
         return loss
 
