@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hcl.train import Data, Model
 
 
+MIXING = 2**40  # added to the seed of an epoch
 HUGE = 1e15  # an entry of an embedding that no training comes to which has not diverged
 
 
@@ -48,6 +49,9 @@ class Objective:
     def begin(self, epoch: int) -> None:
         """Set what changes from epoch to epoch."""
         self.epoch, self.loss.beta = epoch, beta_in_epoch(self.run, epoch)
+        # of its own, so that a Run with mixtures has the views of the same Run without
+        self.mixing = torch.Generator(self.data.x_train.device)
+        self.mixing.manual_seed(self.run.seed * 1_000_003 + epoch + MIXING)
         self.view_data = self.data
         if self.run.sides == "growing":
             self.view_data = self.data.grown((epoch - 1) / self.run.epochs)  # type: ignore[attr-defined]
@@ -67,7 +71,7 @@ class Objective:
         else:
             v1, v2 = self.view_data.views(x[rows], generator, x[self.mates(rows, generator)])
         if self.run.cross_entropy:
-            return self._with_labels(v1, v2, rows, generator)
+            return self._with_labels(v1, v2, rows)
         with torch.autocast(x.device.type, torch.bfloat16, self.run.precision == "bfloat16"):
             if self.keys:
                 z1, z2 = self.forward(v1), self.keys.keys(v2, generator)
@@ -77,14 +81,14 @@ class Objective:
                 z1, z2 = self.forward(_joined(v1, v2)).chunk(2)  # (B, out_dim) each
         if self.keys:
             return self._queued(z1, z2)
-        return self._contrast(z1, z2, rows, generator)
+        return self._contrast(z1, z2, rows)
 
-    def _contrast(self, z1: Tensor, z2: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _contrast(self, z1: Tensor, z2: Tensor, rows: Tensor) -> Tensor:
         """The method's loss of two views, and of mixtures where the Run has any."""
         if self.run.normalize != "sphere":
             z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
         with self._watching(z1, z2):
-            more = self._synthetic(z1, z2, generator)
+            more = self._synthetic(z1, z2)
             found: Tensor = self.loss(z1, z2, self.data.y_train[rows], **more)
             return found
 
@@ -100,14 +104,14 @@ class Objective:
                 f"training diverged in epoch {self.epoch} of {self.run}: {error}"
             ) from error
 
-    def _synthetic(self, z1: Tensor, z2: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _synthetic(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Further negatives, where the Run has any in this epoch."""
         args = dict(self.run.synthetic)
         if not args or self.epoch <= args.pop("after"):
             return {}
-        return {"synthetic": synthetic.mixtures(z1, z2, generator=generator, **args)}
+        return {"synthetic": synthetic.mixtures(z1, z2, generator=self.mixing, **args)}
 
-    def _with_labels(self, v1: Any, v2: Any, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _with_labels(self, v1: Any, v2: Any, rows: Tensor) -> Tensor:
         """Cross-entropy of both views, and the method's own loss for the rest."""
         labels, share = self.data.y_train[rows], self.run.cross_entropy
         device = labels.device.type
@@ -122,7 +126,7 @@ class Objective:
         ce = F.cross_entropy(logits.float(), labels.repeat(2))
         if self.run.method == CROSS_ENTROPY:
             return ce
-        return (1 - share) * self._contrast(z1, z2, rows, generator) + share * ce
+        return (1 - share) * self._contrast(z1, z2, rows) + share * ce
 
     def _neighbours(self, rows: Tensor) -> Tensor:
         """Consecutive sentences, compared by two encoders or by one."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from hcl import corpus, methods, runs, sphere, synthetic
 from hcl import train as trainer
-from hcl.objective import Objective
+from hcl.objective import MIXING, Objective
 from hcl.run import Run
 from hcl.train import build_model, load_data, train
 
@@ -206,7 +206,8 @@ def test_the_loss_with_synthetic_negatives(tiny, method, share):
     run = tiny(method=method, synthetic=kinds, temperature=0.3, cross_entropy=share)
     step = first_step(run)
     z1, z2 = step.z.detach().chunk(2)
-    made = synthetic.mixtures(z1, z2, **kinds, generator=step.g).numpy()
+    drawn = torch.Generator().manual_seed(run.seed * 1_000_003 + 1 + MIXING)
+    made = synthetic.mixtures(z1, z2, **kinds, generator=drawn).numpy()
     assert made.shape == (2 * B, 12, 8)
     beta, tau, found = run.beta, run.tau_plus, []
     assert (beta, tau) == ((1.0, 0.1) if method == "hard" else (0.0, 0.0))
@@ -218,6 +219,18 @@ def test_the_loss_with_synthetic_negatives(tiny, method, share):
     if share:
         wanted = (1 - share) * wanted + share * by_labels(step, 1.0, 0.0, 1.0)[1]
     assert step.loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_runs_with_and_without_mixtures_have_the_same_views(tiny):
+    states = []
+    for kinds in ({}, {"hardest": 20, "between": 8}):
+        run = tiny(method="nt_xent", synthetic=kinds)
+        data, generator = load_data(run), torch.Generator().manual_seed(0)
+        step = Objective(run, build_model(run, data), data)
+        step.begin(1)
+        step(torch.arange(B), generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
 
 
 def test_a_loss_without_a_head_is_of_the_encoders_output(tiny):
