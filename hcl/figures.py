@@ -252,8 +252,8 @@ def _with_labels(df: pd.DataFrame, hue: str) -> tuple[pd.DataFrame, dict[str, st
     names = [_name(level) for level in levels]
     if len(names) > len(PALETTE):
         raise ValueError(f"{hue} has {len(names)} levels: at most {len(PALETTE)} have a colour")
-    fixed = [colour for name, colour in FIXED.items() if name not in names]
-    free = [c for c in PALETTE if c not in FIXED.values()] + [c for c in fixed if c != GREY]
+    taken = {colour for name, colour in FIXED.items() if name in names}
+    free = sorted(set(PALETTE) - taken, key=lambda c: (c in FIXED.values(), PALETTE.index(c)))
     colours = {name: FIXED.get(name) or free.pop(0) for name in names}
     return df.assign(**{hue: df[hue].map(_name)}), colours
 

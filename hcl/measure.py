@@ -119,7 +119,11 @@ def _retrieval(run: Run, model: Model, data: Sentences) -> float:
     z = probe.features(model, data.x_test, data.inputs)
     f, g = halves(model, z, run.normalize)
     blocks = zip(*(part.split(AMONG) for part in (f, g, data.y_test)), strict=True)
-    shares = [neighbours.found_share(*block) for block in blocks if len(block[0]) == AMONG]
+    shares = [
+        neighbours.found_share(f, g, book)
+        for f, g, book in blocks
+        if len(f) == AMONG and (book[1:] == book[:-1]).any()
+    ]
     return sum(shares) / len(shares) if shares else neighbours.found_share(f, g, data.y_test)
 
 

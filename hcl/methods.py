@@ -75,7 +75,7 @@ def options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known = defaults(method)
     if unknown := set(given) - set(known):
         raise ValueError(f"{sorted(unknown)}: {method!r} takes {', '.join(known) or 'none'}")
-    found = known | {k: float(v) if type(v) is int else v for k, v in given.items()}
+    found = known | {k: v + 0.0 if type(v) in (int, float) else v for k, v in given.items()}
     if method in _CHECKS:
         _CHECKS[method](**found)
     if method == "decoupled" and found["sigma"]:
@@ -94,7 +94,7 @@ def defaults(method: str) -> dict[str, Any]:
 
 def has_two_views(method: str) -> bool:
     """Whether a method's loss is one of two views of samples."""
-    return method in losses.METHODS or method in WEIGHTED
+    return method in losses.METHODS or method in WEIGHTED or method == CROSS_ENTROPY
 
 
 def loss_of(run: Run) -> nn.Module:

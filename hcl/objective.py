@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,10 @@ from hcl.units import placed
 
 if TYPE_CHECKING:
     from hcl.train import Data, Model
+
+
+MIXING = 2**40  # added to the seed of an epoch
+HUGE = 1e15  # an entry of an embedding that no training comes to which has not diverged
 
 
 class Objective:
@@ -44,6 +49,9 @@ class Objective:
     def begin(self, epoch: int) -> None:
         """Set what changes from epoch to epoch."""
         self.epoch, self.loss.beta = epoch, beta_in_epoch(self.run, epoch)
+        # of its own, so that a Run with mixtures has the views of the same Run without
+        self.mixing = torch.Generator(self.data.x_train.device)
+        self.mixing.manual_seed(self.run.seed * 1_000_003 + epoch + MIXING)
         self.view_data = self.data
         if self.run.sides == "growing":
             self.view_data = self.data.grown((epoch - 1) / self.run.epochs)  # type: ignore[attr-defined]
@@ -52,7 +60,10 @@ class Objective:
         """Scalar loss of the samples ``rows`` (B,) of the training data."""
         x = self.data.x_train
         if self.run.method == INFOGRAPH:
-            return self._judged(*self._nodes_and_graphs(x[rows]))
+            nodes, graphs, which = self._nodes_and_graphs(x[rows])
+            with self._watching(nodes, graphs):
+                found: Tensor = self.loss(nodes, graphs, which)
+                return found
         if self.run.method in NEIGHBOURS:
             return self._neighbours(rows)
         if self.mates is None:
@@ -60,7 +71,7 @@ class Objective:
         else:
             v1, v2 = self.view_data.views(x[rows], generator, x[self.mates(rows, generator)])
         if self.run.cross_entropy:
-            return self._with_labels(v1, v2, rows, generator)
+            return self._with_labels(v1, v2, rows)
         with torch.autocast(x.device.type, torch.bfloat16, self.run.precision == "bfloat16"):
             if self.keys:
                 z1, z2 = self.forward(v1), self.keys.keys(v2, generator)
@@ -70,29 +81,37 @@ class Objective:
                 z1, z2 = self.forward(_joined(v1, v2)).chunk(2)  # (B, out_dim) each
         if self.keys:
             return self._queued(z1, z2)
+        return self._contrast(z1, z2, rows)
+
+    def _contrast(self, z1: Tensor, z2: Tensor, rows: Tensor) -> Tensor:
+        """The method's loss of two views, and of mixtures where the Run has any."""
         if self.run.normalize != "sphere":
             z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
-        more = self._synthetic(z1, z2, generator)
-        return self._judged(z1, z2, self.data.y_train[rows], **more)
-
-    def _judged(self, *embeddings: Tensor, **more: Tensor) -> Tensor:
-        try:
-            found: Tensor = self.loss(*embeddings, **more)
+        with self._watching(z1, z2):
+            more = self._synthetic(z1, z2)
+            found: Tensor = self.loss(z1, z2, self.data.y_train[rows], **more)
             return found
-        except ValueError as error:  # what the losses say of embeddings that are not finite
-            raise self._diverged(error) from error
 
-    def _diverged(self, error: ValueError) -> FloatingPointError:
-        return FloatingPointError(f"training diverged in epoch {self.epoch} of {self.run}: {error}")
+    @contextmanager
+    def _watching(self, *embeddings: Tensor) -> Iterator[None]:
+        """Tell what a loss refuses of embeddings out of bounds from what it refuses of a batch."""
+        try:
+            yield
+        except ValueError as error:
+            if all(bool((z.abs() < HUGE).all()) for z in embeddings):
+                raise
+            raise FloatingPointError(
+                f"training diverged in epoch {self.epoch} of {self.run}: {error}"
+            ) from error
 
-    def _synthetic(self, z1: Tensor, z2: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _synthetic(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Further negatives, where the Run has any in this epoch."""
         args = dict(self.run.synthetic)
         if not args or self.epoch <= args.pop("after"):
             return {}
-        return {"synthetic": synthetic.mixtures(z1, z2, generator=generator, **args)}
+        return {"synthetic": synthetic.mixtures(z1, z2, generator=self.mixing, **args)}
 
-    def _with_labels(self, v1: Any, v2: Any, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _with_labels(self, v1: Any, v2: Any, rows: Tensor) -> Tensor:
         """Cross-entropy of both views, and the method's own loss for the rest."""
         labels, share = self.data.y_train[rows], self.run.cross_entropy
         device = labels.device.type
@@ -107,10 +126,7 @@ class Objective:
         ce = F.cross_entropy(logits.float(), labels.repeat(2))
         if self.run.method == CROSS_ENTROPY:
             return ce
-        if self.run.normalize != "sphere":
-            z1, z2 = (placed(z, self.run.normalize) for z in (z1, z2))
-        more = self._synthetic(z1, z2, generator)
-        return (1 - share) * self._judged(z1, z2, labels, **more) + share * ce
+        return (1 - share) * self._contrast(z1, z2, rows) + share * ce
 
     def _neighbours(self, rows: Tensor) -> Tensor:
         """Consecutive sentences, compared by two encoders or by one."""
@@ -118,7 +134,9 @@ class Objective:
         with torch.autocast(x.device.type, torch.bfloat16, run.precision == "bfloat16"):
             z = self.forward(self.data.inputs(x[rows]))
         f, g = halves(self.model, z.to(torch.promote_types(z.dtype, torch.float32)), run.normalize)
-        return self._judged(f, g, self.data.y_train[rows])
+        with self._watching(f, g):
+            found: Tensor = self.loss(f, g, self.data.y_train[rows])
+            return found
 
     def _nodes_and_graphs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What InfoGraph compares, and the graph of each node."""
@@ -155,10 +173,8 @@ class Objective:
     def _queued(self, query: Tensor, key: Tensor) -> Tensor:
         assert self.keys is not None
         args = {"temperature": self.run.temperature, "tau_plus": self.run.tau_plus}
-        try:
+        with self._watching(query, key):
             loss = queue_loss(query, key, self.keys.queue.clone(), beta=self.loss.beta, **args)
-        except ValueError as error:
-            raise self._diverged(error) from error
         self.keys.push(key)
         return loss
 

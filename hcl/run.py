@@ -206,7 +206,7 @@ class Run:
 
     def _check_labels(self) -> None:
         """What cross-entropy and a given encoder need."""
-        if self.method == CROSS_ENTROPY:
+        if self.method == CROSS_ENTROPY and 0 <= self.cross_entropy <= 1:
             object.__setattr__(self, "cross_entropy", 1.0)
         elif not 0 <= self.cross_entropy < 1:
             raise ValueError(
@@ -222,6 +222,9 @@ class Run:
                 )
         if self.start:
             self.starts_from()
+            kinds = {f.name: f.type for f in fields(self)}
+            typed = {name: _typed(name, kinds[name], v) for name, v in self.start.items()}
+            object.__setattr__(self, "start", typed)
 
     def starts_from(self) -> "Run":
         """The Run whose encoder this one starts from.
@@ -243,7 +246,7 @@ class Run:
         """Name the field that a refusal is of."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{name}={getattr(self, name)!r}: {error}") from None
 
     def _check_defaults(self, because: str, names: Iterable[str]) -> None:
@@ -264,6 +267,8 @@ class Run:
         names = ("hardening", "debias", "clamp", "Q", "detach_weights", "separate_views",
                  "normalize", "head")  # fmt: skip
         self._check_defaults(f"queue={self.queue}", names)
+        if self.encoder == TWO_OUTPUTS:
+            raise ValueError(f"queue={self.queue}: does not go with encoder={TWO_OUTPUTS!r}")
 
     def _absent(self) -> dict[str, Any]:
         """Fields that decide nothing here, at the value that says so."""
@@ -298,7 +303,7 @@ class Run:
         """What is not there without a projection head, or without a contrast."""
         names: tuple[str, ...] = ()
         absent = {}
-        if self.encoder == "quickthoughts":  # two outputs that the loss compares as they are
+        if self.encoder == TWO_OUTPUTS:  # which the loss compares as they are
             absent["head"] = "none"
         if self.method == CROSS_ENTROPY:
             absent["head"] = "none"
@@ -356,6 +361,7 @@ def _default(name: str) -> Any:
     return {} if f.default is MISSING else f.default
 
 
+TWO_OUTPUTS = "quickthoughts"
 QUEUED = ("nt_xent", "debiased", "hard")
 _STARTS = {"method", "temperature", "beta", "tau_plus", "detach_weights", "epochs",
            "batch", "lr", "weight_decay", "schedule", "optimizer", "precision"}  # fmt: skip

@@ -114,6 +114,8 @@ def load_data(run: Run, device: torch.device | str = "cpu") -> Data:
     name, load = run.data, LOADERS.get(run.data, vision.load)
     if name.startswith(BOOKS):
         name, load = name.removeprefix(BOOKS), sentences.load
+        if not name or name != Path(name).name:
+            raise ValueError(f"data={run.data!r}: {BOOKS} and the name of one folder of the data")
     elif name not in (known := [*LOADERS, *SOURCES]):
         raise ValueError(f"data={name!r}: choose one of {', '.join(known)}, {BOOKS}FOLDER")
     options = set(inspect.signature(load).parameters)
@@ -195,12 +197,19 @@ def train(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_data(run, where)
     _check_data(run, data)
+    if compile and run.cross_entropy:
+        raise ValueError(f"compile: does not go with cross_entropy={run.cross_entropy}")
     if compile and isinstance(data, graphs.Graphs):
         raise ValueError(f"compile: {run.data} has graphs, whose batches are of many sizes")
     memory.keep()
     model = build_model(run, data)
     if run.start:
-        began = encoder_weights(run.starts_from(), store=store, device=device, deadline=deadline)
+        try:
+            began = encoder_weights(
+                run.starts_from(), store=store, device=device, deadline=deadline, progress=progress
+            )
+        except ValueError as error:
+            raise ValueError(f"start={dict(run.start)}: {error}") from error
         model.encoder.load_state_dict(began)
     model = model.to(where).to(memory_format=torch.channels_last)
     made = provenance(where)  # now: nothing that could fail is left for after the training
@@ -237,7 +246,12 @@ def weights_path(run: Run, *, store: Path | None = None) -> Path:
 
 
 def encoder_weights(
-    run: Run, *, store: Path | None = None, device: str | None = None, deadline: float = math.inf
+    run: Run,
+    *,
+    store: Path | None = None,
+    device: str | None = None,
+    deadline: float = math.inf,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     """The state of a Run's trained encoder: what is kept beside its Record, else it is trained now.
 
@@ -253,7 +267,7 @@ def encoder_weights(
         except Exception:  # none, or whatever damaged bytes lead torch.load to: made again
             if last:
                 raise
-        train(run, store=store, device=device, weights=True, deadline=deadline)
+        train(run, store=store, device=device, weights=True, deadline=deadline, progress=progress)
     raise AssertionError(path)
 
 
@@ -290,10 +304,23 @@ def _check_data(run: Run, data: Data) -> None:
         )
     if isinstance(data, graphs.Graphs):
         _check_graphs(data)
+    if isinstance(data, sentences.Sentences):
+        _check_sentences(run, data)
     if run.sides == "growing" and not hasattr(data, "grown"):
         raise ValueError(f"sides='growing': {run.data} has no pictures whose views could grow")
     if run.sides == "growing" and run.encoder == "mlp":
         raise ValueError("sides='growing': encoder 'mlp' reads views of one size only, use 'fixed'")
+
+
+def _check_sentences(run: Run, data: sentences.Sentences) -> None:
+    """What asks for classes, and neighbours for the retrieval to find."""
+    if run.cross_entropy or run.probe != "fast":
+        raise ValueError(
+            f"cross_entropy={run.cross_entropy}, probe={run.probe!r}: {run.data} has books and no "
+            "classes, use 0 and 'fast'"
+        )
+    if not (data.y_test[1:] == data.y_test[:-1]).any():
+        raise ValueError(f"held_out: no two sentences of {run.data}'s last books are neighbours")
 
 
 def _check_graphs(data: graphs.Graphs) -> None:

@@ -193,7 +193,7 @@ def _part(
 
 def _few(y: Tensor, shots: int, seed: int, classes: Sequence[str]) -> Tensor:
     """Row numbers of so many random members of each class, ascending."""
-    if shots < 1:
+    if type(shots) is not int or shots < 1:
         raise ValueError(f"shots={shots}: give at least 1 picture a class, or None for all")
     rng, found = np.random.default_rng(seed), []
     for k, name in enumerate(classes):
