@@ -268,6 +268,9 @@ def test_records_with_raw_scores_are_shown(whole):
     assert set(priors) == {r.tau_plus for r in raw}
     assert table.loc[("HCL β=1", 0.1), "retrieval, %"] == "10.0 ± 0.0"
     assert set(table["mean of six tasks, %"]) == {"70.0 ± 0.0"}
+    said = PAGE.define("lab")["lab_words"](df)
+    assert any("HCL β=1, retrieval with τ⁺ = 0.1 minus without: -10.0 ± 0.0" in x for x in said)
+    assert len(said) == len({(r.beta, r.tau_plus) for r in raw if r.tau_plus})
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(3, 6), slice(20, 22)])
