@@ -25,7 +25,8 @@ from hcl.imagesets import data_root
 PAD, UNKNOWN = 0, 1  # numbers of no word and of a word outside the vocabulary
 WORD = re.compile(r"[^\W_]+|[^\w\s]")  # a run of letters and digits, or one mark
 SHORTEST = 3  # words of a sentence that is kept
-FORMAT = 1  # of the cached table; a change makes it anew
+WHOLE = 0.55  # share of lines with a mark at their end, from which on a line is a paragraph
+FORMAT = 2  # of the cached table; a change makes it anew
 
 
 def words(sentence: str) -> list[str]:
@@ -38,7 +39,10 @@ def words(sentence: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text, a paragraph a line, in order; fragments of few words are left out.
+    """Sentences of a text in order; fragments of few words are left out.
+
+    A paragraph is a line; where many lines break off in mid-sentence, they are joined again up to
+    a short or an empty one.
 
     >>> sentences("Call me Ishmael. Some years ago, I went to sea.\\nI. LOOMINGS")
     ['Call me Ishmael.', 'Some years ago, I went to sea.']
@@ -46,10 +50,26 @@ def sentences(text: str) -> list[str]:
     from sentencex import segment
 
     found = []
-    for paragraph in text.splitlines():
+    for paragraph in _paragraphs(text):
         for part in segment("en", paragraph):
             if len(words(part)) > SHORTEST and re.search(r"[.?!][\"'”’)\]]*$", part.strip()):
                 found.append(part.strip())
+    return found
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Lines, or, where most of them break off in mid-sentence, what these were wrapped from."""
+    lines = text.splitlines()
+    lengths = sorted(len(line.rstrip()) for line in lines if line.strip())
+    whole = sum(bool(re.search(r"[^\w\s,]\s*$", line)) for line in lines)  # that end with a mark
+    if whole >= WHOLE * len(lengths):
+        return lines
+    width = lengths[9 * len(lengths) // 10]  # of a line that is full
+    found: list[str] = [""]
+    for line in lines:
+        found[-1] += " " + line.strip()
+        if len(line.rstrip()) < 0.75 * width:  # an empty line, or the last of a paragraph
+            found.append("")
     return found
 
 
@@ -132,9 +152,9 @@ def load(
     """A corpus by its name: "pydoc", or a folder of plain-text books under the data folder.
 
     "pydoc" is the language reference that every CPython ships, so its text depends on the version
-    of Python. A folder holds one book a file (``*.txt``, UTF-8, one paragraph a line); ``books``
-    takes the first so many, 0 all. A folder's sentences are cached beside it, as the table of
-    this vocabulary and length.
+    of Python. A folder holds one book a file (``*.txt``, UTF-8, a paragraph a line or wrapped
+    lines); ``books`` takes the first so many, 0 all. A folder's sentences are cached beside it, as
+    the table of this vocabulary and length.
 
     Raises: FileNotFoundError: no such folder, or no book in it; ValueError: a number out of range,
     a book without a sentence, bytes that are not UTF-8 (with their line), or one word alone.
@@ -154,8 +174,8 @@ def load(
     paths = sorted(folder.glob("*.txt"))[: books or None]
     if not paths:
         raise FileNotFoundError(
-            f"{folder}: no *.txt in it; put one plain-text book a file there (UTF-8, a paragraph a "
-            "line; Project Gutenberg's would do), or use 'pydoc', which needs no file"
+            f"{folder}: no *.txt in it; put one plain-text book a file there (UTF-8; "
+            "Project Gutenberg's would do), or use 'pydoc', which needs no file"
         )
     cache = _cache_of(folder, paths, vocabulary, max_words)
     if cache.exists():
@@ -177,7 +197,10 @@ def _sentences_of(path: Path) -> list[str]:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert it") from None
     if not (found := sentences(text)):
-        raise ValueError(f"{path}: has no sentence of more than {SHORTEST} words; take it out")
+        raise ValueError(
+            f"{path}: has no sentence of more than {SHORTEST} words that ends in . ? or !; "
+            "take it out"
+        )
     return found
 
 

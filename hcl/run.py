@@ -75,8 +75,8 @@ class Run:
         seed: initialisation, batches, views, and the data where they are drawn.
         normalize: where the loss compares embeddings: on the unit "sphere", in the unit "ball"
             (a row is divided by its length where that is above 1), or "none", as they are; these
-            two without tau_plus and queue. watch="collapse" looks at the same embeddings; whatever
-            else is measured is of unit rows.
+            two without queue and, but for losses of neighbours, without tau_plus. watch="collapse"
+            looks at the same embeddings; whatever else is measured is of unit rows.
         sign: of "infograph": "hard" weighs the most similar negatives most, "easy" the least
             similar; "own" is "easy" where the protocol is the released one, "hard" elsewhere.
 
@@ -182,6 +182,11 @@ class Run:
         if self.method in methods.NEIGHBOURS:
             names = ("positives", "watch", "protocol", "separate_views", "sides")
             self._check_defaults(f"method={self.method!r}", names)
+            if self.batch < 4:
+                raise ValueError(
+                    f"batch={self.batch}: 4 or more would do; a sentence and its two neighbours "
+                    "are no negatives"
+                )
 
     def _check_synthetic(self) -> None:
         if not self.synthetic:

@@ -58,11 +58,28 @@ def load(name: str, *, root: str | Path | None = None) -> Task:
     return _trec(folder) if name == "TREC" else _msrp(folder)
 
 
+def check(task: Task) -> None:
+    """Refuse a task that no regression could be fitted on: before an encoder is trained for it.
+
+    Raises: ValueError naming the task and how many rows of its labels there are.
+    """
+    has_test = bool(task.second) or task.name == "TREC"
+    labels = task.labels[: task.n_train] if has_test else task.labels
+    counts = np.unique(labels, return_counts=True)[1]
+    least = 2 if has_test else 2 * FOLDS
+    if len(counts) < 2 or counts.min() < least or (has_test and task.n_train == len(task.labels)):
+        raise ValueError(
+            f"{task.name} has {counts.tolist()} rows of its labels to train on and "
+            f"{len(task.labels) - task.n_train if has_test else 0} to test on; two labels, "
+            f"{least} of each, and where there is a test part a row of it, would do"
+        )
+
+
 def _lines(path: Path, encoding: str = "utf-8-sig") -> list[tuple[int, str]]:
     """Lines of a file that are not empty, with their numbers."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(
             f"{path}: is missing; SentEval's data script makes CR, MR, MPQA, SUBJ, TREC, MRPC; "
             "put these folders into sentences/ of the data folder (HCL_DATA)"
@@ -71,7 +88,9 @@ def _lines(path: Path, encoding: str = "utf-8-sig") -> list[tuple[int, str]]:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not {encoding} ({error.reason})") from None
+        raise ValueError(
+            f"{path}, line {line}: not {encoding.removesuffix('-sig')} ({error.reason}); convert it"
+        ) from None
     found = [(k, line.strip()) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not found:
         raise ValueError(f"{path}: is empty; a sentence a line would do")

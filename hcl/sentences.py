@@ -275,6 +275,8 @@ def load(
     if tasks not in (0, 1):
         raise ValueError(f"tasks={tasks}: 1 (the six tasks) or 0 (none) would do")
     judges = tuple(sentence_tasks.load(task, root=root) for task in sentence_tasks.NAMES * tasks)
+    for task in judges:
+        sentence_tasks.check(task)
     found = corpus.load(name, root=root, vocabulary=vocabulary, max_words=max_words, books=books)
     n, first = _split(found, held_out, n_train)
     end = min(first + n_test, len(found)) if n_test else len(found)

@@ -319,8 +319,11 @@ def _check_sentences(run: Run, data: sentences.Sentences) -> None:
             f"cross_entropy={run.cross_entropy}, probe={run.probe!r}: {run.data} has books and no "
             "classes, use 0 and 'fast'"
         )
-    if not (data.y_test[1:] == data.y_test[:-1]).any():
-        raise ValueError(f"held_out: no two sentences of {run.data}'s last books are neighbours")
+    for part, books in (("training", data.y_train), ("last", data.y_test)):
+        if not (books[1:] == books[:-1]).any():
+            raise ValueError(
+                f"data={run.data!r}: no two sentences of its {part} books are neighbours"
+            )
 
 
 def _check_graphs(data: graphs.Graphs) -> None:

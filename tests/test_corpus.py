@@ -42,6 +42,32 @@ def test_sentences_keep_the_order_of_their_books(shelf):
     assert len(found) == 5
 
 
+WRAPPED = """\
+The old house stood at the end of the lane, and
+nobody had lived there. It was said that the
+sea could be heard in its rooms on calm nights,
+though it lay ten miles from the coast.
+{}CHAPTER II
+{}Nobody spoke of it again that year, for the harvest
+had been good, and there was work for all. Then
+it rained for days.
+"""
+
+
+@pytest.mark.parametrize("between", ["", "\n"], ids=["no empty lines", "empty lines"])
+def test_wrapped_lines_are_joined_to_paragraphs(tmp_path, between):
+    book(tmp_path / "shelf", "a", WRAPPED.format(between, between))
+    found = corpus.load("shelf", root=tmp_path)
+    assert found.texts == (
+        "The old house stood at the end of the lane, and nobody had lived there.",
+        "It was said that the sea could be heard in its rooms on calm nights, though it lay ten "
+        "miles from the coast.",
+        "Nobody spoke of it again that year, for the harvest had been good, and there was work for "
+        "all.",
+        "Then it rained for days.",
+    )
+
+
 def test_numbers_lead_back_to_the_words(shelf):
     found = load(shelf)
     for row, text in zip(found.tokens, found.texts, strict=True):

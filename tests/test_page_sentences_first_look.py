@@ -198,7 +198,7 @@ def made_up(gain=0.05):
         {"encoder": "bag", "label": label, "temperature": t, "seed": seed,
          "digest": f"{label}{t}{seed}", "epoch": 4 * done,
          "retrieval": 0.1 + gain * done + bonus * done + 0.001 * seed * (done + bonus)}
-        for label, bonus in (("quick-thoughts, cosines", 0.0), ("HCL, β = 1", 0.02))
+        for label, bonus in (("quick-thoughts, cosines", 0.0), ("hard, β = 1", 0.02))
         for t in (0.2, 0.1)
         for seed in range(4)
         for done in (0, 1)
@@ -210,14 +210,29 @@ def test_training_in_words():
     found = PAGE.define("frame", "table", "words")
     curve = made_up()
     df = curve[curve["epoch"] == 4]
-    said = found["training_words"](df, curve, {"common words (TF-IDF)": 0.16})
+    said = found["training_words"](df, curve, {"TF-IDF": 0.16})
     assert said[0].endswith("in 4 of 4 rows")
     assert said[1].startswith("2 of 4 rows")
-    assert said[2].startswith("each at its best temperature, HCL, β = 1 minus quick-thoughts")
+    assert said[2].startswith("each at its best temperature, hard, β = 1 minus quick-thoughts")
     assert "+2.0 points" in said[2]
     worse = made_up(gain=-0.05)
     ends = worse[worse["epoch"] == 4]
-    assert "in 0 of 4" in found["training_words"](ends, worse, {"common words (TF-IDF)": 1})[0]
+    assert "in 0 of 4" in found["training_words"](ends, worse, {"TF-IDF": 1})[0]
+
+
+def test_objectives_have_one_name():
+    df = pd.DataFrame(
+        [
+            ("quick_thoughts", "quick-thoughts", "none", 1.0),
+            ("quick_thoughts", "quick-thoughts", "sphere", 1.0),
+            ("hard_neighbours", "HCL β=0", "sphere", 0.0),
+            ("hard_neighbours", "HCL β=0.5", "sphere", 0.5),
+        ],
+        columns=["method", "label", "normalize", "beta"],
+    )
+    assert PAGE.define("frame")["named"](df)["label"].tolist() == [
+        "quick-thoughts, inner products", "quick-thoughts, cosines", "plain", "hard, β = 0.5",
+    ]  # fmt: skip
 
 
 def test_leak_in_words():
@@ -238,7 +253,7 @@ def test_leak_in_words():
 def test_common_in_words():
     names = ["common words", "same book", "at most 3 places apart", "difference in length"]
     values = {
-        "random": (0.1, 0.2, 0.01, 8.0), "common words (TF-IDF)": (0.4, 0.7, 0.2, 6.0),
+        "chance": (0.1, 0.2, 0.01, 8.0), "TF-IDF": (0.4, 0.7, 0.2, 6.0),
         "bag": (0.3, 0.6, 0.2, 5.0), "GRUs": (0.2, 0.3, 0.05, 5.5),
     }  # fmt: skip
     df = pd.DataFrame(
@@ -249,6 +264,6 @@ def test_common_in_words():
     say.__globals__["properties"] = dict.fromkeys(names)
     said = say(df.reset_index())
     assert said[0] == (
-        "common words: most for *bag* (30%), least for *GRUs* (20%); random 10.0%, TF-IDF 40%"
+        "common words: most for *bag* (30%), least for *GRUs* (20%); chance 10.0%, TF-IDF 40%"
     )
     assert said[3].startswith("length: nearest in length are those of *bag*, 5.0 words apart")

@@ -282,14 +282,17 @@ def test_the_mode_is_restored_when_an_encoder_fails(pydoc):
 
 
 def six_tasks(root):
-    """All files of the six tasks, laid out as SentEval has them, two lines each."""
+    """All files of the six tasks, laid out as SentEval has them, 20 lines a label."""
     files = {
-        name: "the sea was calm\nnobody spoke\n"
+        name: "the sea was calm\nnobody spoke\n" * 10
         for pair in sentence_tasks.TWO_FILES.values()
         for name in pair
     }
-    files |= dict.fromkeys(sentence_tasks.TREC, "LOC:city Where is Rome ?\nNUM:dist How far ?\n")
-    pairs = "Quality\tID\tID\tString\tString\n1\t5\t6\tA ship.\tThe ship.\n0\t7\t8\tA storm.\tNo.\n"
+    files |= dict.fromkeys(
+        sentence_tasks.TREC, "LOC:city Where is Rome ?\nNUM:dist How far ?\n" * 2
+    )
+    pairs = "1\t5\t6\tA ship.\tThe ship.\n0\t7\t8\tA storm.\tNo.\n" * 2
+    pairs = f"Quality\tID\tID\tString\tString\n{pairs}"
     for name, text in (files | dict.fromkeys(sentence_tasks.MSRP, pairs)).items():
         path = root / "sentences" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +307,22 @@ def test_the_six_tasks_are_read_and_embedded(shelf):
     for task in data.tasks:
         x = sentence_tasks.features(task, lambda texts: data.embed(encoder, texts))
         assert x.shape == (len(task.labels), 16 if task.name == "MSRP" else 8)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("MR/rt-polarity.neg", "one line\n", r"MR has \[1, 20\] rows"),
+        ("TREC/train_5500.label", "LOC:city Where ?\nLOC:city Who ?\n", r"TREC has \[2\] rows"),
+        ("MRPC/msr_paraphrase_test.txt", "Quality\tID\tID\tString\tString\n", "MSRP.* 0 to test"),
+    ],
+    ids=["few", "one label", "no test part"],
+)
+def test_a_task_that_cannot_be_judged_is_refused_before_training(shelf, file, text, message):
+    six_tasks(shelf)
+    (shelf / "sentences" / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load("shelf", root=shelf, tasks=1)
 
 
 def test_a_missing_task_is_named_before_anything_else(shelf):
