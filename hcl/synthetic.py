@@ -14,9 +14,9 @@ are more negatives of this anchor alone. Every loss takes them as its option ``s
 * SSCL is ``hard(z1, z2, synthetic=mixtures(z1, z2, ...))``, the estimator of HCL over the real and
   the synthetic negatives together: our reading.
 
-A mixture with the anchor is harder than any real negative it is made of; where that negative is of
-the anchor's own class, both kinds of mixture are false negatives too. MoCHi makes none in its first
-epochs: that is for a trainer to do.
+A mixture with the anchor is harder than the real negative it is made of. A mixture of negatives of
+the anchor's own class is a false negative too, one of a false and a true negative partly so. MoCHi
+makes none in its first epochs: that is for a trainer to do.
 """
 
 import torch

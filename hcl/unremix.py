@@ -141,7 +141,7 @@ def unremix(
 ) -> Tensor:
     r"""UnReMix, our reading: NT-Xent whose negatives weigh what a mixture of three scores says.
 
-    .. math:: \ell_i = -\log \frac{e^{p_i}}{e^{p_i} + \sum_j w_{ij} e^{s_{ij}}}
+    .. math:: \ell_i = -\log \frac{e^{s_{ii^+}}}{e^{s_{ii^+}} + \sum_j w_{ij} e^{s_{ij}}}
 
     Args:
         z1, z2, features: as in :func:`scores`.
