@@ -55,7 +55,7 @@ AXIS_NAMES = {
     "linear": "linear probe accuracy",
     "svc": "SVC accuracy",
     "top1": "accuracy of the classifier",
-    "retrieval": "neighbours found",
+    "retrieval": "retrieval",
     "temperature": "temperature $t$",
     "beta": r"hardness $\beta$",
     "tau_plus": r"class prior $\tau^+$",

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cells import Page, made_up_record, study
+from scipy import stats
 
 from hcl import runs, sweeps
 
@@ -119,11 +120,13 @@ def test_the_quick_form_gives_every_method_as_many_settings(whole):
 
 def test_nothing_recorded_is_said_and_nothing_fails(whole):
     _, shown = whole
-    assert shown["lab-read"].text.startswith("Tuning seed: 0 of 84 runs are recorded, all settings")
+    assert shown["lab-read"].text.startswith(
+        "*Tuning seed:* 0 of 84 runs are recorded, all settings"
+    )
     assert "of 0 of 14 methods" in shown["lab-read"].text
     assert "no method has all its settings recorded yet" in shown["lab-guide"].text
     assert "nothing can be compared yet" in shown["lab-guide"].text
-    assert "SimCLR (0 of 6)" in shown["lab-check"].text
+    assert "settings are recorded: 0 of 6 of all methods" in shown["lab-check"].text
     assert "BCL: printed +1.4; here not recorded yet" in shown["paper-words"].text
     assert shown["graphs"].text == "Nothing is recorded yet."
 
@@ -174,6 +177,8 @@ def test_a_full_study_is_read_chosen_and_compared():
     assert re.search(r"without labels, start with \*\*HCL\*\* \(\+[45]\.\d points, 95", text)
     assert re.search(r"with labels, start with \*\*H-SCL\*\* \(\+[34]\.\d points, 95", text)
     assert "worse: Ring" in text
+    assert re.search(r"shown to differ from SimCLR, of 9, by linear probe better: HCL", text)
+    assert re.search(r"; by kNN better: HCL.*, worse: Ring", text)
     assert "labels in the loss, SupCon minus SimCLR: +" in text
     assert "Debiased minus SimCLR: printed +4.1; here" in shown["paper-words"].text
     assert "not told apart from zero" in shown["paper-words"].text
@@ -233,8 +238,10 @@ def test_the_file_is_checked_against_the_choice():
     early = page["checked"](chosen[chosen["name"] != "SCHaNe"], judging, df)
     assert early[-1] == "listed before all their settings were recorded: SCHaNe"
     missing = page["awaited"](df, chosen, page["judge"](chosen, [4, 5], missing="refuse"))
-    assert missing[0] == "settings missing: none"
-    assert "SimCLR (1 of 2)" in missing[1]
+    assert missing[0] == "not all settings are recorded: none"
+    assert missing[1] == "not all judging seeds are recorded: 1 of 2 of all methods"
+    some = page["awaited"](df, chosen[:0], page["judge"](chosen[:2], [4, 5], missing="refuse"))
+    assert some[1].endswith("recorded: 1 of 2 of SimCLR, DCL")
     assert {run.digest for run in best} == set(chosen["setting"])
 
 
@@ -247,6 +254,16 @@ def test_the_luck_of_the_best_of_n(n, said):
     assert helpers()["best_of"](n) == pytest.approx(best, abs=0.01)
     assert f"{helpers()['best_of'](n):.2f}" == said
     assert f"${said}\\,\\sigma$" in PAGE.prose
+
+
+def test_what_one_method_in_twenty_gains_by_luck():
+    """Against sorted draws of another generator; the page's prose has no number of it."""
+    for n, said in ((3, 2.16), (6, 2.43)):
+        draws = np.sort(np.random.RandomState(n).normal(size=(100_000, n)), axis=1)
+        middle = (draws[:, (n - 1) // 2] + draws[:, n // 2]) / 2
+        found = helpers()["rare_gain"](n)
+        assert np.mean(draws[:, -1] - middle > found) == pytest.approx(0.05, abs=0.004)
+        assert found == pytest.approx(said, abs=0.02)
 
 
 def test_holm_is_its_equation():
@@ -304,6 +321,12 @@ def test_differences_are_paired_within_groups():
     one = pd.DataFrame(rows)[lambda df: df["seed"] == 0]
     assert helpers()["differences"](one, "linear")["Holm p"].isna().all()
     assert not len(helpers()["differences"](pd.DataFrame(rows)[:0], "linear"))
+    page = helpers()
+    assert page["honesty"](page["differences"](one, "linear")).startswith("one seed in common")
+    said = page["honesty"](found.reset_index())  # 3 comparisons, 2 degrees of freedom
+    t = stats.ttest_1samp([1.0, 2.0, 6.0], 0).confidence_interval(1 - 0.05 / 3)
+    half = (t.high - t.low) / 2 / stats.sem([1.0, 2.0, 6.0])
+    assert f"With 3 seeds the largest has to be {half:.1f} standard errors from zero" in said
 
 
 def test_costs_are_read_whatever_is_measured():
@@ -314,7 +337,7 @@ def test_costs_are_read_whatever_is_measured():
     assert costs == {"SimCLR": "1", "Ring": "1.30 (1.20 to 1.40)", "HCL": "1.00 (nan to nan)"}
     said = page["costs_words"](["SimCLR", "Ring", "HCL", "BCL"], page["STEPS"])
     assert "with Ring (1.30) of the 3 methods" in said
-    assert said.endswith("not measured: BCL")
+    assert said.endswith("not measured: 1 more")
 
 
 def test_the_guide_calls_nothing_better_without_evidence():
@@ -332,7 +355,26 @@ def test_the_guide_calls_nothing_better_without_evidence():
     assert "4 comparisons" in text
     assert "start with **SimCLR** (no method is shown to be better than SimCLR)" in text
     assert "start with **SupCon**" in text
-    assert "tuning SimCLR gave +5.0 points over its median setting" in text
+    assert "tuning SimCLR gave +5.0 points over its median setting *on the tuning seed" in text
+    assert "the largest of 2 differences to a tuned SimCLR *on the judging seeds* is" in text
+    assert "seen about half of the time without Holm's rule" in lines[0]
+
+
+def test_equal_settings_rarely_pass_the_bar_of_luck():
+    """Of methods whose settings differ by noise alone, few gain more than the page's bar."""
+    page, draw = helpers(**LAB_FORM), np.random.default_rng(5)
+    names = [f"m{i}" for i in range(400)]
+    sigma = 0.01
+    tuned = pd.DataFrame(
+        [{"name": m, "linear": draw.normal(0.5, sigma), "setting": f"{m}{k}", "temperature": 0.5}
+         for m in names for k in range(6)]
+    )  # fmt: skip
+    final = pd.DataFrame(
+        [{"name": m, "seed": s, "linear": draw.normal(0.5, sigma)} for m in names for s in range(5)]
+    )
+    said = page["tuning_words"](tuned, tuned[:0], final, "linear")[1]
+    passed = int(re.search(r"; (\d+) of 400 methods gained more", said)[1])
+    assert 8 <= passed <= 34  # 20 expected, and 180 would gain more than the mean
 
 
 # --- graphs, exercises

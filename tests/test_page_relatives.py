@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from cells import Page, made_up_record, study
-from scipy import integrate
+from scipy import integrate, stats
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
@@ -231,12 +231,29 @@ def test_batches_in_words():
     assert "DCL at t = 0.5: +10.0 points at a batch of 16, +2.5 at 64" in lines[0]
     assert "of 2 95 % intervals 2 lie above zero and 0 below" in lines[0]
     assert sum("each at its best temperature" in line for line in lines) == 2
-    gains = found["dcl_gains"](runs_by_batch(1.6), "knn", 0.1)
-    said = found["shape"]({"ours": gains, "none": {}})
-    assert "theirs (CIFAR-10): DCL's gain goes from +6.3 points at a batch of 32 to +2.1" in said[0]
-    assert "falls at every step" in said[1]
-    assert said[2] == "none: too little to judge"
-    assert "**not**" in found["shape"]({"ours": {16: 1.0, 64: 2.0}})[1]
+    assert all("**beyond**" not in line and "within" not in line for line in lines)
+    assert "batch 16: +10.0 ± 0.1 points, 95 % interval +9.8 to +10.2, 4 seeds" in lines[-1]
+
+
+def test_whether_the_gain_falls_is_judged_over_seeds():
+    """The difference of two paired gains by hand, its sign, and when there is none to tell."""
+    found = PAGE.define("batch-table", "batch-words", "paper-table", "paper-words")
+    steepness, shape = found["steepness"], found["shape"]
+    df = runs_by_batch(1.6)
+    row = steepness(df, "knn", 0.1)
+    each = [1.6 * (1 / 16 - 1 / 64) * (1 + 0.01 * (seed - 1.5)) for seed in range(4)]
+    half = stats.t.ppf(0.975, 3) * np.std(each, ddof=1) / 2
+    assert row["difference"] == pytest.approx(np.mean(each))
+    assert row["high"] - row["low"] == pytest.approx(2 * half)
+    assert shape("ours", row).endswith(": falls")
+    assert "gain at a batch of 16 minus that at 64 is +7.5 ± 0.0 points" in shape("ours", row)
+    assert shape("ours", steepness(runs_by_batch(-1.6), "knn", 0.1)).endswith(": rises")
+    noisy = df.assign(knn=df["knn"] + 0.2 * (df["seed"] % 2) * (df["batch"] == 16))
+    noisy.loc[noisy["label"] == "SimCLR", "knn"] = 0.5
+    assert shape("ours", steepness(noisy, "knn", 0.1)).endswith("**not** told apart")
+    assert "one seed" in shape("ours", steepness(df[df["seed"] == 0], "knn", 0.1))
+    for too_little in (df[df["batch"] == 16], df[df["label"] == "DCL"], df.iloc[:0]):
+        assert shape("none", steepness(too_little, "knn", 0.1)) == "none: too little to judge"
 
 
 def test_beside_the_published_table():
@@ -252,7 +269,7 @@ def test_beside_the_published_table():
 
 
 def test_the_verdict_names_who_gains():
-    found = PAGE.define("paired-table", "verdict")
+    found = PAGE.define("batch-table", "paired-table", "verdict")
     df = pd.DataFrame(
         {"label": label, "temperature": t, "seed": seed,
          "knn": 0.5 + 0.02 * seed + t / 10 + gain * (1 + 0.05 * seed)}
@@ -296,14 +313,19 @@ def test_recorded_cells_with_nothing_some_and_more(tmp_path, monkeypatch, seeds)
             accuracy = 0.4 + 0.01 * run.seed + 0.001 * k
             metrics = {"loss": 1.0, "knn": accuracy, "linear": accuracy}
             runs.save(made_up_record(run, metrics))
-    names = ("lab-read", "lab-table", "lab-words", "records")
+    names = ("lab-read", "lab-table", "lab-words", "paper-table", "paper-words", "records")
     page = PAGE.define("omega", "batch-table", "batch-words", seeds=[0])
+    page["small"] = runs_by_batch(1.6)
     page, shown = PAGE.outputs(*names, into=page)
     assert f"{12 * len(seeds)} of 36 are recorded" in shown["lab-read"].text
     assert page["ready"] == (len(seeds) > 1)
     if len(seeds) > 1:
         assert "DCL at t = 0.1" in shown["lab-words"].text
         assert "DCLW" in shown["lab-words"].text
+    said = shown["paper-words"].text.splitlines()
+    assert "32 minus that at 256 is +4.2 points; no spread is printed" in said[0]
+    assert sum(line.endswith(": falls.") for line in said[1:3]) == 2
+    assert ("too little" in said[3]) == (len(seeds) < 2)
 
 
 def test_what_the_sweeps_ask_for(monkeypatch):
@@ -338,16 +360,26 @@ def test_what_the_sweeps_ask_for(monkeypatch):
     names = ["batch-runs", "batch-table", "batch-figure", "batch-words", "runs", "table"]
     names += ["paired-table", "paired-figure", "verdict", "sweeps", "sweep-words"]
     page, shown = PAGE.outputs(*names, into=page)
-    small = [r for r in asked if r.method != "ring"][: 3 * 3 * 2 * 2]
+    small = [r for r in asked if r.method != "ring"][: 2 * 3 * 2 * 2]
     updates = {r.epochs * (2000 // r.batch) for r in small}
     assert max(updates) - min(updates) <= 5
-    assert len({replace(r, study="quick").digest for r in asked}) >= 3 * 3 * 2 * 2 + 8 * 2 * 2
+    assert (
+        len({replace(r, study="quick").digest for r in asked}) == 2 * 3 * 2 * 2 + 8 * 2 * 2 + 3 * 2
+    )
     assert "BCL b=1" in set(page["df"]["label"])
     assert "Ball, outer 0.1" in shown["sweeps"].value.index
     assert shown["batch-figure"].drawn
     assert shown["paired-figure"].drawn
     largest = shown["sweeps"].value["largest weight"]
-    assert largest["BCL b=1, α = 0.9"] == f"{1 / (1 - 0.98 * 0.9 - 0.02 * 0.1):.1f}"
+    low, high = 0.02 * 0.9 + 0.98 * 0.1, 0.98 * 0.9 + 0.02 * 0.1  # 1 - A and A
+    weights = []
+    for k in range(1, 127):
+        roots = np.roots([low - high, 2 * high, -k / 126])
+        phi = next(x for x in roots.real if -1e-9 <= x <= 1 + 1e-9)
+        weights.append(2 * phi / (2 * high * (1 - phi) + 2 * low * phi))
+    assert largest["BCL b=1, α = 0.9"] == f"{max(weights) / np.mean(weights):.1f}"
+    assert "these 6 settings" in shown["sweep-words"].value
+    assert "95 % interval" in shown["sweep-words"].value
 
 
 def test_labels_are_those_of_the_library():

@@ -82,6 +82,24 @@ def test_the_loss_and_the_order_of_its_relatives(page, t, beta):
             assert beta or joint == pytest.approx(plain)
 
 
+def test_released_h_scl_may_be_the_larger_one_where_classes_differ_in_size():
+    """By hand: its mean is over pairs, so the anchors of a large class count more often."""
+    draw = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(24, 8, generator=draw, dtype=torch.float64), dim=1)
+    y = torch.tensor([0] * 12 + list(range(1, 13)))
+    found = anchors(z, z, y, 1.0, 0.5)
+    positives = [2 * (y == label).sum().item() - 1 for label in y.tolist() * 2]
+    own = [row[2] for row in found]
+    over_pairs = sum(n * x for n, x in zip(positives, own, strict=True)) / sum(positives)
+    joint = sum(row[0] for row in found) / len(found)
+    args = {"temperature": 0.5, "beta": 1.0}
+    h_scl = losses.hard_scl(z, z, y, Q="negatives", **args).item()
+    assert h_scl == pytest.approx(over_pairs)
+    assert losses.schane(z, z, y, **args).item() == pytest.approx(joint)
+    assert sum(own) / len(own) <= joint < h_scl
+    assert "averages over pairs" in PAGE.prose
+
+
 def test_one_picture_a_class_cannot_tell_the_terms_apart():
     z1, z2, _ = views(3)
     y = torch.arange(len(z1))
@@ -194,10 +212,10 @@ def test_the_lab_form_reads_recorded_runs_only():
 
 def test_the_quick_form_has_every_arm():
     asked, found = wanted_runs()
-    assert len(found["df"]) == 4 * 4 * 2 * 3
+    assert len(found["df"]) == 3 * 4 * 2 * 3
     assert set(found["arm_df"]["head"]) == {"mlp", "none"}
-    assert set(found["arm_df"]["cross_entropy"]) == {0.1, 0.5, 0.9, 1.0}
-    assert {run.data_args.get("shots") for run in asked} == {1, 5, 25, None}
+    assert set(found["arm_df"]["cross_entropy"]) == {0.1, 0.5, 1.0}
+    assert {run.data_args.get("shots") for run in asked} == {1, 5, None}
     for run in asked:
         labelled = 10 * run.data_args["shots"] if run.data_args else 1257
         assert run.batch <= labelled
@@ -207,28 +225,28 @@ def test_tables_and_sentences_of_the_quick_form(page):
     _, found = wanted_runs()
     df, arm_df = found["df"], found["arm_df"]
     table = page["accuracies"](df, "top1")
-    assert table.shape == (8, 4)
+    assert table.shape == (6, 4)
     assert table.columns[0] == "CE"
     assert list(table.index[:2]) == [("1 a class", "scratch"), ("1 a class", "SimCLR")]
     gains = page["gains"](df, "top1")
-    assert len(gains) == 24
+    assert len(gains) == 18
     mine = gains[gains["label"] == "CE + SCHaNe β=1"]["difference"]
     assert (mine - 0.02).abs().max() < 0.0025
     page["H_SCL"] = "CE + H-SCL β=1"
     said = page["verdict"](df, "top1")
     assert said[0].startswith(
-        "Does the term help? CE + SCHaNe β=1 minus CE: the mean is above zero in 8 of 8 tasks; "
-        "8 have a 95 % interval above zero, 0 one below. Largest at "
+        "Does the term help? CE + SCHaNe β=1 minus CE: the mean is above zero in 6 of 6 tasks; "
+        "6 have a 95 % interval above zero, 0 one below. Largest at "
     )
     assert f"Mean of the tasks: {100 * mine.mean():+.1f} ± 0.0 points" in said[0]
     assert said[1].startswith("Does a term without hardness help? CE + SupCon minus CE: the mean")
     assert said[2].startswith("Does hardness add to SupCon? CE + SCHaNe β=1 minus CE + SupCon:")
     half = gains[gains["label"] == "CE + SupCon"]["difference"]
     assert f"Mean of the tasks: {100 * (mine.mean() - half.mean()):+.1f} ± 0.0" in said[2]
-    assert "minus CE + H-SCL β=1: the mean is above zero in 8 of 8" in said[3]
+    assert "minus CE + H-SCL β=1: the mean is above zero in 6 of 6" in said[3]
     best = page["at_best"](arm_df, "top1")
     assert best.loc["CE", "settings tried"] == 2
-    assert best.loc["CE + SCHaNe β=1", "settings tried"] == 1 + 2 + 2 + 1
+    assert best.loc["CE + SCHaNe β=1", "settings tried"] == 1 + 1 + 1 + 1
     words = page["best_words"](arm_df, "top1")
     assert words[0].startswith("Everyone at its best, SCHaNe minus CE: +1.9 ± 0.0 points")
     assert sum("CE with 60 epochs instead of 30" in line for line in words) == 1
@@ -252,7 +270,7 @@ def test_one_picture_a_class_in_words(page):
     page["H_SCL"] = "CE + H-SCL β=1"
     df = found["df"]
     said = page["same_loss"](df, "top1")
-    assert "differ by 1." in said  # as made up, three quarters of two points
+    assert "largest mean difference is 1." in said  # as made up, three quarters of two points
     assert "not recorded" in page["same_loss"](df[df["shots"] != 1], "top1")
     assert "not recorded" in page["same_loss"](df[df["method"] != "hard_scl"], "top1")
 

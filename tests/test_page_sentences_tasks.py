@@ -47,8 +47,10 @@ def test_the_page_runs_and_every_parameter_is_used(whole):
     }  # fmt: skip
     assert shown["paired-figure"].drawn
     assert "0 of " in shown["lab-read"].text
-    for name in ("lab-table", "lab-paired", "lab-each", "lab-verdict", "lab-training"):
+    for name in ("lab-table", "lab-training"):
         assert "no Record yet" in shown[name].text
+    for name in ("lab-paired", "lab-each", "lab-verdict"):
+        assert "Too little is recorded" in shown[name].text
     assert all(digest in shown["records"].text for digest in variables["df"]["digest"])
 
 
@@ -278,7 +280,9 @@ def test_all_records_of_the_study_are_read(whole):
     assert listed[0].digest in shown["records"].text
 
 
-@pytest.mark.parametrize("kept", ["one", "untrained", "one seed", "some", "hard alone"])
+@pytest.mark.parametrize(
+    "kept", ["one", "untrained", "one seed", "some", "hard alone", "first block", "apart"]
+)
 def test_any_part_of_the_records_will_do(whole, kept):
     parts = {
         "one": lambda k, r: k == 0,
@@ -286,6 +290,8 @@ def test_any_part_of_the_records_will_do(whole, kept):
         "one seed": lambda k, r: r.seed == 1,
         "some": lambda k, r: k % 4 == 1,
         "hard alone": lambda k, r: r.beta > 0,
+        "first block": lambda k, r: r.method == "quick_thoughts",
+        "apart": lambda k, r: r.tau_plus == 0 and r.seed == (r.beta > 0),
     }
     saved = [r for k, r in enumerate(study("sentences-lab")) if parts[kept](k, r)]
     for run in saved:

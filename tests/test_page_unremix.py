@@ -78,6 +78,9 @@ def test_the_anchor_score_alone_is_hcl_less_a_floor(normalisation):
         row = [x - min(tilt) for x in tilt]
         expected = torch.tensor([x / sum(row) for x in row], dtype=torch.float64)
         torch.testing.assert_close(w[i, negatives], expected)
+        nearest = (torch.tensor(x, dtype=torch.float64) for x in (tilt, row))
+        hcl, less = ((x / x.sum()).sort(descending=True)[0].cumsum(0) for x in nearest)
+        assert (less >= hcl - 1e-12).all()  # it leans more on the near ones
 
 
 def test_the_parts_of_the_uncertainty_and_the_mean():
