@@ -126,7 +126,7 @@ def test_nothing_recorded_is_said_and_nothing_fails(whole):
     assert "of 0 of 14 methods" in shown["lab-read"].text
     assert "no method has all its settings recorded yet" in shown["lab-guide"].text
     assert "nothing can be compared yet" in shown["lab-guide"].text
-    assert "settings are recorded: 0 of 6 of all methods" in shown["lab-check"].text
+    assert "settings not all recorded: 0 of 6 of all methods" in shown["lab-check"].text
     assert "BCL: printed +1.4; here not recorded yet" in shown["paper-words"].text
     assert shown["graphs"].text == "Nothing is recorded yet."
 
@@ -177,7 +177,7 @@ def test_a_full_study_is_read_chosen_and_compared():
     assert re.search(r"without labels, start with \*\*HCL\*\* \(\+[45]\.\d points, 95", text)
     assert re.search(r"with labels, start with \*\*H-SCL\*\* \(\+[34]\.\d points, 95", text)
     assert "worse: Ring" in text
-    assert re.search(r"shown to differ from SimCLR, of 9, by linear probe better: HCL", text)
+    assert re.search(r"shown to differ from SimCLR, of 9 others, by linear probe better: HCL", text)
     assert re.search(r"; by kNN better: HCL.*, worse: Ring", text)
     assert "labels in the loss, SupCon minus SimCLR: +" in text
     assert "Debiased minus SimCLR: printed +4.1; here" in shown["paper-words"].text
@@ -238,8 +238,8 @@ def test_the_file_is_checked_against_the_choice():
     early = page["checked"](chosen[chosen["name"] != "SCHaNe"], judging, df)
     assert early[-1] == "listed before all their settings were recorded: SCHaNe"
     missing = page["awaited"](df, chosen, page["judge"](chosen, [4, 5], missing="refuse"))
-    assert missing[0] == "not all settings are recorded: none"
-    assert missing[1] == "not all judging seeds are recorded: 1 of 2 of all methods"
+    assert missing[0] == "settings not all recorded: none"
+    assert missing[1] == "judging seeds not all recorded: 1 of 2 of all methods"
     some = page["awaited"](df, chosen[:0], page["judge"](chosen[:2], [4, 5], missing="refuse"))
     assert some[1].endswith("recorded: 1 of 2 of SimCLR, DCL")
     assert {run.digest for run in best} == set(chosen["setting"])

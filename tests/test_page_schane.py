@@ -17,7 +17,8 @@ PAGE = Page("supervised/schane")
 LAB = [name for name in PAGE.code if name.startswith("lab-")] + ["records", "paper-table"]
 LAB_FORM = {  # of book/profiles/lab.yml
     "study": "relatives-lab", "data": "cifar10", "size": 16, "n_train": 10000, "encoder": "small",
-    "epochs": [100, 100, 100, 10], "batch": [10, 50, 125, 256], "lr": 0.001, "hidden_dim": 512,
+    "shots": [1, 5, 25, 0], "epochs": [100, 100, 100, 10], "batch": [10, 50, 125, 256],
+    "shares": [0.1, 0.9], "lr": 0.001, "hidden_dim": 512,
     "out_dim": 128, "start_epochs": 10, "arm_shots": 25, "temperatures": [],
     "share_methods": ["schane"], "heads": ["mlp"], "times_longer": [],
 }  # fmt: skip
