@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from cells import Page, made_up_record, study
+from scipy import optimize
+from sklearn.linear_model import LogisticRegression
 
 from hcl import compare, runs, sentence_tasks
 
@@ -43,7 +45,7 @@ def test_the_page_runs_and_every_parameter_is_used(whole):
     assert "not on this machine" in shown["six"].text
     assert "SentEval" in shown["six"].text
     assert set(variables["quick"]["objective"]) == {
-        "untrained", "quick-thoughts", "plain", "hard β=1", "debiased, τ⁺=0.01"
+        "untrained", "quick-thoughts", "plain", "hard, β = 1", "debiased, τ⁺ = 0.01"
     }  # fmt: skip
     assert shown["paired-figure"].drawn
     assert "0 of " in shown["lab-read"].text
@@ -128,6 +130,28 @@ def test_features_of_word_counts_ignore_order(whole):
     assert np.linalg.norm(both[0]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("labels", [2, 3])
+def test_the_regression_minimises_the_displayed_sum(labels):
+    """By scipy's minimiser in float64; for two labels with one weight vector."""
+    rng = np.random.default_rng(0)
+    x, y, c = rng.normal(size=(60, 3)), np.arange(60) % labels, 0.5
+    rows = 1 if labels == 2 else labels
+
+    def aim(flat):
+        w, b = flat[: 3 * rows].reshape(rows, 3), flat[3 * rows :]
+        s = x @ w.T + b
+        if labels == 2:
+            loss = np.log1p(np.exp(-(2 * y - 1) * s[:, 0])).sum()
+        else:
+            loss = (np.log(np.exp(s).sum(axis=1)) - s[np.arange(60), y]).sum()
+        return (w**2).sum() / 2 + c * loss
+
+    best = optimize.minimize(aim, np.zeros(4 * rows)).x[: 3 * rows].reshape(rows, 3)
+    found = LogisticRegression(C=c, tol=1e-8).fit(x, y).coef_
+    np.testing.assert_allclose(found, best, atol=1e-4)
+    assert "for two labels" in PAGE.text["judge-text"]
+
+
 # --- the tables
 
 
@@ -164,7 +188,7 @@ def test_the_untrained_encoder_stands_in_every_arm(page):
     assert len(start) == 9
     assert df["encoder"].iloc[0] == "quickthoughts"
     bag = df[(df["encoder"] == "bag") & (df["t"] == 0.1)]["objective"].drop_duplicates().tolist()
-    assert bag == ["untrained", "plain", "hard β=1", "hard β=2", "hard β=1, τ⁺=0.1"]
+    assert bag == ["untrained", "plain", "hard, β = 1", "hard, β = 2", "hard, β = 1, τ⁺ = 0.1"]
     table = page["scores"](df, ["A", "B"])
     assert "setting" not in table
     assert table.iloc[0].tolist() == [
@@ -188,25 +212,30 @@ def test_what_else_varies_makes_a_setting(page):
 def test_gains_and_counts_are_those_of_the_formulas(page):
     df = page["named"](frame(gain))
     found = page["gains"](df, "A", "plain").set_index(["encoder", "t", "objective"])
-    row = found.loc[("bag", 0.1, "hard β=1")]
+    row = found.loc[("bag", 0.1, "hard, β = 1")]
     assert row["difference"] == pytest.approx(0.011)
     assert row["se"] == pytest.approx(0.001 / math.sqrt(3))
     assert row["high"] - row["difference"] == pytest.approx(4.3027 * row["se"], rel=1e-4)
     assert found.loc[("bag", 0.3, "untrained"), "difference"] == pytest.approx(-0.22)
     assert page["gains"](df, "A", "none such").empty
     counts = page["counted"](df, ["A", "B", "C"], "plain").set_index(["encoder", "t", "objective"])
-    hard = counts.loc[("quickthoughts", 1.0, "hard β=1")]
+    hard = counts.loc[("quickthoughts", 1.0, "hard, β = 1")]
     assert hard["at least as good"] == "2 of 3"
     assert (hard["interval above 0"], hard["interval below 0"]) == (2, 1)
     assert hard["points, mean ± se"] == "+0.4 ± 0.0"  # (1.1 + 1.1 - 1.1) / 3
-    assert counts.loc[("bag", 0.3, "hard β=2"), "at least as good"] == "3 of 3"  # all are equal
+    assert counts.loc[("bag", 0.3, "hard, β = 2"), "at least as good"] == "3 of 3"  # all are equal
     each = page["by_task"](df, ["A", "C"], "plain").set_index(["encoder", "t", "objective"])
-    assert each.loc[("bag", 0.1, "hard β=2")].tolist() == ["", "-2.0 ± 0.0", "+2.0 ± 0.0", "plain"]
+    assert each.loc[("bag", 0.1, "hard, β = 2")].tolist() == [
+        "",
+        "-2.0 ± 0.0",
+        "+2.0 ± 0.0",
+        "plain",
+    ]
     shown = page["only"](page["shown"](df, "A"))
     pairs = set(zip(shown["objective"], shown["minus"], strict=True))
     assert ("plain", "quick-thoughts") in pairs
     assert ("quick-thoughts", "plain") not in pairs
-    assert ("hard β=1", "untrained") not in pairs
+    assert ("hard, β = 1", "untrained") not in pairs
 
 
 def test_sentences_say_what_the_frame_has(page):
@@ -214,25 +243,25 @@ def test_sentences_say_what_the_frame_has(page):
     said = page["verdict"](df, ["A", "B", "C"])
     assert len(said) == 4  # GRUs against both, the bag at two temperatures against plain
     bag = next(line for line in said if "bag, t = 0.1" in line)
-    assert "at least as good as plain: hard β=1 in 2 of 3, hard β=2 in 1 of 3" in bag
-    assert "each task with its own β, 3 of 3" in bag
-    assert f"by luck: {(2 / 3) ** 3:.0%}); seeds: 3" in bag
+    assert "at least as good as plain: hard, β = 1: 2 of 3; hard, β = 2: 1 of 3" in bag
+    assert "each task with its own β: 3 of 3" in bag
+    assert f"by chance: {(2 / 3) ** 3:.0%}); seeds: 3" in bag
     words = page["training_words"](df, "A")
     assert "quick-thoughts training adds +20.0 ± 0.0 points, n = 3" in words[0]
     assert "5 objectives lie 3.1 points apart" in words[0]
     best = page["best_words"](df, "A")
     assert len(best) == 1  # the GRUs have one temperature
-    assert "hard β=1 at t = 0.3 minus plain at t = 0.3: +0.0" in best[0]
+    assert "hard, β = 1 at t = 0.3 minus plain at t = 0.3: +0.0" in best[0]
     lab = page["lab_words"](df, ["A", "B", "C"])
     assert "untrained quickthoughts: 40.0 % over 3 tasks, more than 0 of 12 rows" in lab[0]
 
 
 @pytest.mark.parametrize(("tasks", "least", "choices"), [(6, 5, 2), (6, 4, 1), (3, 3, 4)])
-def test_luck_is_that_of_all_orders(page, tasks, least, choices):
+def test_chance_is_that_of_all_orders(page, tasks, least, choices):
     """The plain run is the worst of its task in one of choices + 1 orders."""
     won = [1] * choices + [0]  # is the plain run not the only best? one in choices + 1 it is
     ways = [sum(case) >= least for case in itertools.product(won, repeat=tasks)]
-    assert page["luck"](tasks, least, choices) == pytest.approx(np.mean(ways))
+    assert page["by_chance"](tasks, least, choices) == pytest.approx(np.mean(ways))
 
 
 # --- the paper
@@ -242,13 +271,13 @@ def test_the_recalled_counts_fit_the_recalled_table(whole):
     text = whole[1]["paper-words"].text
     assert "in 5 of 6 tasks, as debiased in 4, as both in 3" in text
     p = 2 / 3
-    by_luck = 6 * p**5 * (1 - p) + p**6
-    assert f"with probability {by_luck:.0%}" in text
+    binomial = 6 * p**5 * (1 - p) + p**6
+    assert f"with probability {binomial:.0%}" in text
     prose = " ".join(PAGE.prose.split())
     assert "*As recalled, unverified*" in prose
     assert "**swapped**" in prose
     table = whole[0]["RECALLED"]
-    assert table.loc["hard β=2", "CR"] == 83.6
+    assert table.loc["hard, β = 2", "CR"] == 83.6
     assert whole[1]["paper-table"].value.index[0] == ("as recalled, unverified", "quick-thoughts")
 
 
@@ -274,7 +303,7 @@ def test_all_records_of_the_study_are_read(whole):
     assert f"{len(listed)} of {len(listed)} are recorded" in shown["lab-read"].text
     assert "MSRP F1" in shown["lab-table"].text
     assert "untrained" in shown["lab-table"].text
-    assert "hard β=1 in 2 of 6" in shown["lab-verdict"].text
+    assert "hard, β = 1: 2 of 6" in shown["lab-verdict"].text
     assert "training adds +10.0 ± 0.0 points" in shown["lab-training"].text
     assert "ours, GRUs on novels" in str(shown["paper-table"].value)
     assert listed[0].digest in shown["records"].text

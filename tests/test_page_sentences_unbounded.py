@@ -266,10 +266,10 @@ def test_records_with_raw_scores_are_shown(whole):
     assert table["runs"].sum() == len(raw)
     priors = table.index.get_level_values("τ⁺")
     assert set(priors) == {r.tau_plus for r in raw}
-    assert table.loc[("HCL β=1", 0.1), "retrieval, %"] == "10.0 ± 0.0"
+    assert table.loc[("hard, β = 1", 0.1), "retrieval, %"] == "10.0 ± 0.0"
     assert set(table["mean of six tasks, %"]) == {"70.0 ± 0.0"}
     said = PAGE.define("lab")["lab_words"](df)
-    assert any("HCL β=1, retrieval with τ⁺ = 0.1 minus without: -10.0 ± 0.0" in x for x in said)
+    assert any("hard, β = 1, retrieval with τ⁺ = 0.1 minus without: -10.0 ± 0.0" in x for x in said)
     assert len(said) == len({(r.beta, r.tau_plus) for r in raw if r.tau_plus})
 
 
