@@ -52,9 +52,14 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def _spread(run: Run) -> dict[str, Any]:
     values = asdict(run)
-    values["start"] = ", ".join(f"{k}={v}" for k, v in run.start.items())
+    values["start"] = _in_text(run.start)
     options = [name for name, value in values.items() if isinstance(value, Mapping)]
     return values | {k: v for name in options for k, v in values.pop(name).items()}
+
+
+def _in_text(start: Mapping[str, Any]) -> str:
+    """Of the Run that an encoder comes from; "" for a new one."""
+    return ", ".join(f"{k}={v}" for k, v in start.items())
 
 
 def _origin(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -132,6 +137,8 @@ def recorded(
 def _meet(had: Sequence[Mapping[str, Any]], name: str, value: object) -> set[int]:
     """Which of the Runs that have these settings meet a filter."""
     values = value if isinstance(value, list | tuple) else [value]
+    if name == "start":
+        values = [_in_text(v) if isinstance(v, Mapping) else v for v in values]
     if not any(name in of_run for of_run in had):
         known = ", ".join(dict.fromkeys(key for of_run in had for key in of_run))
         raise ValueError(f"{name}={value!r}: filter by one of {known}")

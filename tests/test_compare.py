@@ -345,3 +345,14 @@ def test_one_seed_is_shown_without_spread_and_interval():
     assert list(shown["95 % interval"]) == ["", "+1.0 to +5.0"]
     means = percent(pd.DataFrame({"mean": [0.512], "std": [math.nan], "count": [1]}), digits=0)
     assert list(means["mean ± sd"]) == ["51"]
+
+
+def test_a_filter_by_where_an_encoder_starts_takes_the_field_or_its_text():
+    simclr = {"method": "nt_xent", "epochs": 10}
+    for new, tuned in (({}, simclr), ("", "method=nt_xent, epochs=10")):
+        counts = [
+            compare.recorded("relatives-lab", cross_entropy=0.5, start=start)[1]
+            for start in (new, tuned, [new, tuned])
+        ]
+        assert counts[0] > 0
+        assert sum(counts[:2]) == counts[2]
