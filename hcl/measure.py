@@ -45,7 +45,7 @@ def measure(
         metrics |= _floor_share(run, model, data)
     elif _has_clamp_share(run):
         metrics["clamp_share"] = _clamp_share(run, z1, z2)
-    if model.classifier is not None:
+    if getattr(model, "classifier", None) is not None:
         metrics["top1"] = _top1(model, data)
     if run.probe == "released" and not _is_cross_validated(data):
         metrics["linear"] = probe.linear_probe_released(model.encoder, data, generator=generator)

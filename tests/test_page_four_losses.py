@@ -144,7 +144,7 @@ def test_the_share_of_hard_negatives_is_the_one_in_the_text(coarse, share):
 
 def table(knn, t=0.5):
     """A frame of three seeds, from each label's mean, with what the helpers look at."""
-    methods = {v: k for k, v in compare.LABELS.items()}
+    methods = {v: k for k, v in reversed(compare.LABELS.items())}  # of two, the first
     rows = [
         {
             "label": label, "method": methods[label.split(" ")[0]], "temperature": temperature,
